@@ -1,0 +1,183 @@
+"""The torch op `gspn2::line_scan`: checks, fake, autograd, autocast and FLOP rules, and the choice of a backend.
+
+Shapes: B batch, H W grid, C channels, G groups, K = 3 neighbours.
+"""
+
+import logging
+import math
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from gspn2_kernels.eager import line_scan_bwd, line_scan_fwd
+
+_log = logging.getLogger(__name__)
+
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
+Forward = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
+Backward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int], Gradients]
+
+
+class _Context(Protocol):
+    """What autograd hands from the forward to the backward."""
+
+    segment: int
+    saved_tensors: tuple[Tensor, ...]
+
+    def save_for_backward(self, *tensors: Tensor) -> None: ...
+
+
+class _Backend(NamedTuple):
+    name: str
+    forward: Forward
+    backward: Backward
+
+
+_EAGER = _Backend("eager", line_scan_fwd, line_scan_bwd)
+_BACKENDS: dict[str, _Backend] = {}
+_ARGUMENTS = "Tensor x, Tensor lam, Tensor logits, Tensor u, int segment"
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+# Multiply-adds per element of y: three neighbours, lam * x and u * h; 2 FLOPs each, as for a matrix product.
+_FLOPS_PER_ELEMENT = 2 * 5
+
+
+def line_scan(x: Tensor, lam: Tensor, logits: Tensor, u: Tensor, segment: int = 0) -> Tensor:
+    """Scan the grid line by line in four directions: down, up, right, left.
+
+    The four tensors share one dtype (fp64, fp32, fp16 or bf16) and one device, and may be strided views. Under
+    autocast they are cast to the autocast dtype, except fp64 tensors. Weights and state are fp32, or fp64 for fp64.
+
+    Args:
+        x: Activations (B, H, W, C).
+        lam: Input scale of each direction (B, H, W, 4, C).
+        logits: Propagation logits of each direction (B, H, W, 4, G, K), shared by the C/G channels of a group.
+        u: Output gate of each direction (B, H, W, 4, C).
+        segment: Lines after which a scan restarts, counted in scan order; 0 for one scan over the whole grid.
+
+    Returns:
+        u * h of each direction (B, H, W, 4, C), contiguous, in the dtype of x.
+
+    Raises:
+        ValueError: A shape, dtype or device does not fit; the message names the argument and what was expected.
+    """
+    y: Tensor = torch.ops.gspn2.line_scan(x, lam, logits, u, segment)
+    return y
+
+
+def register_backend(device_type: str, name: str, forward: Forward, backward: Backward) -> None:
+    """Run the op on one type of device, such as "cuda", with these two functions instead of plain torch.
+
+    `forward(x, lam, logits, u, segment)` returns y and `backward(dy, x, lam, logits, u, segment)` the gradients of
+    x, lam, logits and u. Both return new contiguous tensors in the dtype of x and read inputs of any strides.
+    """
+    _BACKENDS[device_type] = _Backend(name, forward, backward)
+    _log.info("line_scan on %s runs with backend %s", device_type, name)
+
+
+def backend(device: str | torch.device = "cpu") -> str:
+    """Name the backend that the op uses on a device."""
+    return _backend(torch.device(device)).name
+
+
+def _backend(device: torch.device) -> _Backend:
+    return _BACKENDS.get(device.type, _EAGER)
+
+
+def _check(x: Tensor, lam: Tensor, logits: Tensor, u: Tensor, segment: int) -> None:
+    """Raise a ValueError that names the first argument that does not fit the others."""
+    _check_shapes(x, lam, logits, u)
+    if x.dtype not in _DTYPES:
+        raise ValueError(f"x has dtype {x.dtype}, expected one of {', '.join(map(str, _DTYPES))}")
+    for name, tensor in (("lam", lam), ("logits", logits), ("u", u)):
+        if tensor.dtype != x.dtype:
+            raise ValueError(f"{name} has dtype {tensor.dtype}, expected {x.dtype}, the dtype of x")
+        if tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device}, expected {x.device}, the device of x")
+    if segment < 0:
+        raise ValueError(f"segment is {segment}, expected 0 (no restart) or a number of lines")
+
+
+def _check_shapes(x: Tensor, lam: Tensor, logits: Tensor, u: Tensor) -> None:
+    if x.ndim != 4:
+        raise ValueError(f"x has shape {tuple(x.shape)}, expected (B, H, W, C)")
+    *grid, channels = x.shape
+    for name, tensor in (("lam", lam), ("u", u)):
+        expected = (*grid, 4, channels)
+        if tensor.shape != expected:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected (B, H, W, 4, C) = {expected}")
+    if logits.ndim != 6 or logits.shape[:4] != (*grid, 4) or logits.shape[5] != 3:
+        expected_text = f"({', '.join(map(str, grid))}, 4, G, 3)"
+        raise ValueError(f"logits has shape {tuple(logits.shape)}, expected (B, H, W, 4, G, 3) = {expected_text}")
+    groups = logits.shape[4]
+    if groups < 1 or channels % groups:
+        raise ValueError(f"logits has {groups} groups, expected a divisor of the {channels} channels of x")
+
+
+@torch.library.custom_op(
+    "gspn2::line_scan",
+    mutates_args=(),
+    schema=f"({_ARGUMENTS}) -> Tensor",
+)
+def _line_scan(x: Tensor, lam: Tensor, logits: Tensor, u: Tensor, segment: int) -> Tensor:
+    _check(x, lam, logits, u, segment)
+    return _backend(x.device).forward(x, lam, logits, u, segment)
+
+
+@_line_scan.register_fake
+def _line_scan_fake(x: Tensor, lam: Tensor, logits: Tensor, u: Tensor, segment: int) -> Tensor:
+    _check(x, lam, logits, u, segment)
+    return x.new_empty(lam.shape)
+
+
+@torch.library.custom_op(
+    "gspn2::line_scan_backward",
+    mutates_args=(),
+    schema=f"(Tensor dy, {_ARGUMENTS}) -> (Tensor dx, Tensor dlam, Tensor dlogits, Tensor du)",
+)
+def _line_scan_backward(dy: Tensor, x: Tensor, lam: Tensor, logits: Tensor, u: Tensor, segment: int) -> Gradients:
+    return _backend(x.device).backward(dy, x, lam, logits, u, segment)
+
+
+@_line_scan_backward.register_fake
+def _line_scan_backward_fake(dy: Tensor, x: Tensor, lam: Tensor, logits: Tensor, u: Tensor, segment: int) -> Gradients:
+    return x.new_empty(x.shape), x.new_empty(lam.shape), x.new_empty(logits.shape), x.new_empty(u.shape)
+
+
+def _save_inputs(ctx: _Context, inputs: tuple[Tensor, Tensor, Tensor, Tensor, int], output: Tensor) -> None:
+    *tensors, ctx.segment = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _gradients(ctx: _Context, dy: Tensor) -> tuple[Tensor | None, ...]:
+    return *torch.ops.gspn2.line_scan_backward(dy, *ctx.saved_tensors, ctx.segment), None
+
+
+_line_scan.register_autograd(_gradients, setup_context=_save_inputs)
+
+
+def _autocast_rule(device_type: str) -> Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]:
+    """Make the rule of one type of device: as a linear layer does, cast all four inputs to the autocast dtype.
+
+    `torch.library.register_autocast` knows one fixed dtype only, not the dtype that the user chose.
+    """
+
+    def rule(x: Tensor, lam: Tensor, logits: Tensor, u: Tensor, segment: int) -> Tensor:
+        dtype = torch.get_autocast_dtype(device_type)
+        x, lam, logits, u = (t if t.dtype == torch.float64 else t.to(dtype) for t in (x, lam, logits, u))
+        with torch.autocast(device_type, enabled=False):
+            return line_scan(x, lam, logits, u, segment)
+
+    return rule
+
+
+_LIBRARY = torch.library.Library("gspn2", "FRAGMENT")
+_LIBRARY.impl("line_scan", _autocast_rule("cpu"), "AutocastCPU")
+_LIBRARY.impl("line_scan", _autocast_rule("cuda"), "AutocastCUDA")
+
+
+@register_flop_formula(torch.ops.gspn2.line_scan)
+def _line_scan_flops(x: torch.Size, lam: torch.Size, *_: object, **__: object) -> int:
+    return _FLOPS_PER_ELEMENT * math.prod(lam)
