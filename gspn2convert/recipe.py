@@ -1,0 +1,269 @@
+"""What a conversion does: the recipe's types, and reading and writing them as YAML.
+
+`recipes/README.md` explains every field for those who write recipes.
+"""
+
+import os
+import re
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
+
+import yaml
+
+from gspn2convert.errors import RecipeError
+from gspn2convert.keep import KEEP_FORMS, is_keep, parse_keep
+from gspn2convert.recipe_parser import Part, Rule, parse, read_yaml, show, suggest
+
+__all__ = [
+    "Align",
+    "Augment",
+    "Fit",
+    "Mixer",
+    "Recipe",
+    "Recover",
+    "RecoverLosses",
+    "dump_recipe",
+    "load_recipe",
+    "parse_keep",
+    "parse_recipe",
+    "recipe_names",
+    "recipe_text",
+]
+
+_INT_MAX = 2**31 - 1
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_SHARE_OF_WIDTH = re.compile(r"C/([1-9][0-9]{0,3})")
+
+
+def _is_proxy_dim(value: int | str) -> bool:
+    return 1 <= value <= _INT_MAX if isinstance(value, int) else bool(_SHARE_OF_WIDTH.fullmatch(value))
+
+
+Count = Annotated[int, Rule(lambda value: 1 <= value <= _INT_MAX, "an integer of 1 or more")]
+Whole = Annotated[int, Rule(lambda value: 0 <= value <= _INT_MAX, "an integer of 0 or more")]
+Positive = Annotated[float, Rule(lambda value: value > 0, "a number above 0")]
+Weight = Annotated[float, Rule(lambda value: value >= 0, "a number of 0 or more")]
+Fraction = Annotated[float, Rule(lambda value: 0 <= value <= 1, "a number from 0 to 1")]
+BelowOne = Annotated[float, Rule(lambda value: 0 <= value < 1, "a number of 0 or more and below 1")]
+Interval = Annotated[
+    tuple[float, float], Rule(lambda pair: 0 < pair[0] <= pair[1] <= 1, "[low, high] with 0 < low <= high <= 1")
+]
+ProxyDim = Annotated[int | str, Rule(_is_proxy_dim, "an integer of 1 or more, or a share of the width such as 'C/8'")]
+Keep = Annotated[str, Rule(is_keep, KEEP_FORMS)]
+Name = Annotated[str, Rule(lambda text: bool(_NAME.fullmatch(text)), "a name of letters, digits, '.', '_' and '-'")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixer(Part):
+    """The module that takes the place of an attention layer."""
+
+    place: ClassVar[str] = "recipe.mixer"
+
+    proxy_dim: ProxyDim = "C/8"
+    groups: Count = 1
+    segment: Whole = 0
+    lpu: bool = True
+    global_branch: bool = True
+    prefix: Literal["exact", "pool"] = "exact"
+    prefix_gate: bool = True
+
+    def resolve(self, dim: int) -> dict[str, int | bool | str]:
+        """Settle what depends on the teacher.
+
+        Args:
+            dim: Channels of the teacher's tokens (C).
+
+        Returns:
+            The keyword arguments of `Gspn2Mixer` that are the recipe's; JSON can hold them.
+
+        Raises:
+            RecipeError: The proxy dimension is not in 1 to `dim`, or the groups do not divide it.
+        """
+        proxy_dim = self.proxy_dim
+        if isinstance(proxy_dim, str):
+            proxy_dim = dim // int(proxy_dim.removeprefix("C/"))
+        if not 1 <= proxy_dim <= dim:
+            raise RecipeError(
+                f"{self.place}.proxy_dim: {show(self.proxy_dim)} is {proxy_dim} channels for this teacher of {dim}; "
+                f"expected 1 to {dim}"
+            )
+        if proxy_dim % self.groups:
+            raise RecipeError(f"{self.place}.groups: expected a divisor of proxy_dim {proxy_dim}, got {self.groups}")
+        return asdict(self) | {"proxy_dim": proxy_dim}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit(Part):
+    """Stage 0: how the mixers are initialised from the attention layers."""
+
+    place: ClassVar[str] = "recipe.fit"
+
+    method: Literal["closed_form", "svd", "random"] = "closed_form"
+    images: Count = 512
+    held_out: Count = 128
+    batch_size: Count = 32
+    ridge: Weight = 0.05
+    rounds: Count = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Augment(Part):
+    """What is done to a training image before teacher and student both see it."""
+
+    place: ClassVar[str] = "recipe.augment"
+
+    scale: Interval = (0.4, 1.0)
+    flip: bool = True
+    color_jitter: Fraction = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Align(Part):
+    """Stage 1: each mixer alone learns the output of the attention layer that it replaces."""
+
+    place: ClassVar[str] = "recipe.align"
+
+    steps: Whole
+    batch_size: Count
+    lr: Positive = 2.0e-3
+    final_lr: Weight = 1.0e-5
+    warmup: BelowOne = 0.05
+    weight_decay: Weight = 0.0
+    clip: Positive = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.final_lr > self.lr:
+            raise RecipeError(f"{self.place}.final_lr: expected at most lr {self.lr}, got {self.final_lr}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecoverLosses(Part):
+    """Weights of the terms of stage 2's loss."""
+
+    place: ClassVar[str] = "recipe.recover.losses"
+
+    prefix: Weight = 1.0
+    patch: Weight = 0.9
+    smooth_l1: Weight = 0.1
+    mixer: Weight = 0.5
+    logits: Weight = 1.0
+    temperature: Positive = 2.0
+    mixer_until: Fraction = 0.6
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not any((self.prefix, self.patch, self.smooth_l1, self.mixer, self.logits)):
+            raise RecipeError(f"{self.place}: every weight is 0; give at least one of them a number above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recover(Part):
+    """Stage 2: the whole student learns the teacher's features and logits end to end."""
+
+    place: ClassVar[str] = "recipe.recover"
+
+    steps: Whole
+    batch_size: Count
+    mixer_lr: Positive = 5.0e-4
+    lr: Positive = 1.0e-4
+    final_lr_ratio: Fraction = 0.01
+    warmup: BelowOne = 0.05
+    weight_decay: Weight = 0.02
+    clip: Positive = 1.0
+    ema: BelowOne = 0.99
+    losses: RecoverLosses = field(default_factory=RecoverLosses)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(Part):
+    """Everything that decides what a conversion does; where and how it runs are options of the command."""
+
+    place: ClassVar[str] = "recipe"
+
+    name: Name
+    mixer: Mixer = field(default_factory=Mixer)
+    fit: Fit = field(default_factory=Fit)
+    align: Align
+    recover: Recover
+    augment: Augment = field(default_factory=Augment)
+    keep: Keep = "none"
+    seed: Whole = 0
+    eval_every: Count = 50
+    held_out: Count = 256
+
+
+def load_recipe(name_or_path: str | Path) -> Recipe:
+    """Read a recipe.
+
+    Args:
+        name_or_path: A name that `recipe_names` lists, or the path of a YAML file: text with a path
+            separator or ending in .yaml or .yml.
+
+    Raises:
+        RecipeError: There is no such recipe, or it holds a mistake.
+    """
+    return parse_recipe(recipe_text(name_or_path), str(name_or_path))
+
+
+def parse_recipe(text: str, source: str) -> Recipe:
+    """Read a recipe from YAML text.
+
+    Args:
+        text: The YAML text.
+        source: Where it came from, for error messages.
+
+    Raises:
+        RecipeError: The text is no YAML, or a field is unknown, missing, ill-typed or out of range.
+    """
+    data = read_yaml(text, source)
+    if data is None:
+        raise RecipeError(f"{source}: empty; start from a recipe that `gspn2convert recipes show default` prints")
+    try:
+        return parse(Recipe, data)
+    except RecipeError as error:
+        raise RecipeError(f"{error} (in {source})") from error
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """Write a recipe with all its fields as YAML, which `parse_recipe` reads back to an equal recipe."""
+    return yaml.safe_dump(asdict(recipe), sort_keys=False)
+
+
+def recipe_names() -> list[str]:
+    """List the recipes that come with the package."""
+    return sorted(path.stem for path in _bundled().glob("*.yaml"))
+
+
+def recipe_text(name_or_path: str | Path) -> str:
+    """Read a recipe's text, comments included; `load_recipe` says what names and paths are.
+
+    Raises:
+        RecipeError: There is no such recipe, or the file cannot be read.
+    """
+    path = _locate(name_or_path)
+    try:
+        return path.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: expected a recipe as UTF-8 text, found other bytes at {error.start}") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        known = ", ".join(recipe_names())
+        raise RecipeError(f"{path}: cannot read this recipe: {reason}; recipes with a name are {known}") from error
+
+
+def _bundled() -> Path:
+    """The folder of the recipes: inside an installed package, beside it in a checkout."""
+    package = Path(__file__).parent
+    installed = package / "recipes"
+    return installed if installed.is_dir() else package.parent / "recipes"
+
+
+def _locate(name_or_path: str | Path) -> Path:
+    text = str(name_or_path)
+    if isinstance(name_or_path, Path) or os.path.basename(text) != text or text.endswith((".yaml", ".yml")):
+        return Path(name_or_path)
+    if text not in recipe_names():
+        raise RecipeError(f"unknown recipe {text!r}{suggest(text, recipe_names())} (a file needs its path or .yaml)")
+    return _bundled() / f"{text}.yaml"

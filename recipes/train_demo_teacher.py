@@ -1,0 +1,200 @@
+"""Train the demo's teacher, a 0.7 M-parameter ViT, on the whole of Fashion-MNIST.
+
+The data are the four .gz files that Debian's package `dataset-fashion-mnist` installs. Nothing is
+selected on the test set: the averaged weights at the last step are measured on it once.
+Run from the repository's root: python recipes/train_demo_teacher.py --output OUT
+"""
+
+import argparse
+import copy
+import json
+import logging
+import math
+import platform
+import random
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+from make_demo_data import read_split
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+log = logging.getLogger("train_demo_teacher")
+
+ARCHITECTURE = "vit_tiny_patch16_224"
+MODEL_ARGUMENTS = {
+    "img_size": 28, "patch_size": 4, "in_chans": 1, "embed_dim": 96, "depth": 6, "num_heads": 3,
+    "num_classes": 10, "dynamic_img_size": True,
+}  # fmt: skip
+MEAN, STD = 0.2860, 0.3530  # of the training pixels, scaled to 0..1
+LABELS = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
+CONFIG = {
+    "architecture": ARCHITECTURE,
+    "num_classes": 10,
+    "num_features": 96,
+    "global_pool": "token",
+    "label_names": LABELS,
+    "model_args": MODEL_ARGUMENTS,
+    "pretrained_cfg": {
+        "tag": "fashion_mnist", "input_size": [1, 28, 28], "fixed_input_size": False, "interpolation": "bicubic",
+        "crop_pct": 1.0, "crop_mode": "center", "mean": [MEAN], "std": [STD], "num_classes": 10, "pool_size": None,
+        "first_conv": "patch_embed.proj", "classifier": "head", "license": "apache-2.0",
+    },
+}  # fmt: skip
+
+
+def normalise(images: Tensor) -> Tensor:
+    """Turn uint8 images (B, 28, 28) into normalised float images (B, 1, 28, 28)."""
+    return (images[:, None].float() / 255 - MEAN) / STD
+
+
+def augment(images: Tensor) -> Tensor:
+    """Flip, shift by up to two pixels, zoom half of the images, and erase a box in every fourth.
+
+    Args:
+        images: Normalised images (B, 1, 28, 28).
+
+    Returns:
+        New images of the same shape.
+    """
+    count, device = len(images), images.device
+    uniform = torch.rand(10, count, device=device)
+    zoom = 1 - (uniform[0] < 0.5).float() * (0.35 * uniform[1])  # the share of the side that is seen
+    flip = 1 - 2 * (uniform[2] < 0.5).float()
+    # Whole pixels, so that images that are not zoomed stay as sharp as those of the test set.
+    shift = (5 * uniform[3:5] - 2.5).round() * (2 / 28)
+    zero = torch.zeros_like(zoom)
+    affine = torch.stack([zoom * flip, zero, shift[0], zero, zoom, shift[1]], dim=1).view(count, 2, 3)
+    grid = F.affine_grid(affine, list(images.shape), align_corners=False)
+    background = -MEAN / STD
+    images = F.grid_sample(images - background, grid, align_corners=False) + background
+    half = (uniform[5] < 0.25).float() * (2 + 4 * uniform[6:8])  # half the sides of the erased box
+    pixels = torch.arange(28, device=device) + 0.5
+    rows, columns = ((pixels - 28 * uniform[8 + i, :, None]).abs() < half[i, :, None] for i in (0, 1))
+    return images.masked_fill((rows[:, :, None] & columns[:, None, :])[:, None], 0.0)
+
+
+def mixed_loss(model: nn.Module, images: Tensor, labels: Tensor, share: Tensor, smoothing: float) -> Tensor:
+    """Return the mean cross entropy of images (B, 1, 28, 28) mixed with those of the batch in reverse order."""
+    logits = model(torch.lerp(images.flip(0), images, share)).float()
+    first = F.cross_entropy(logits, labels, label_smoothing=smoothing)
+    return share * first + (1 - share) * F.cross_entropy(logits, labels.flip(0), label_smoothing=smoothing)
+
+
+def recorded(step: Callable[[], None]) -> Callable[[], None]:
+    """Return the replay of a CUDA graph of the step: launching its kernels one by one takes far longer than they do."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):  # lets the libraries allocate what they need before recording
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+def train(model: nn.Module, images: Tensor, labels: Tensor, arguments: argparse.Namespace) -> nn.Module:
+    """Train the model and return a copy of it with the running average of its weights."""
+    size = arguments.batch_size
+    per_epoch = len(images) // size
+    steps = min(arguments.epochs * per_epoch, arguments.max_steps or sys.maxsize)
+    average = copy.deepcopy(model).requires_grad_(False)
+    batch_images, batch_labels = images[:size].clone(), labels[:size].clone()
+    lr, share, last = (torch.zeros((), device=images.device) for _ in range(3))
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.05, fused=True, capturable=images.is_cuda
+    )
+    assert optimizer.param_groups[0]["lr"] is lr
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        views = augment(normalise(batch_images))
+        with torch.autocast(images.device.type, torch.bfloat16, cache_enabled=False):
+            loss = mixed_loss(model, views, batch_labels, share, arguments.smoothing)
+        last.copy_(loss.detach())
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        torch._foreach_lerp_(list(average.parameters()), [p.detach() for p in model.parameters()], 1 - 0.999)
+
+    run = recorded(step) if images.is_cuda else step
+    start = time.monotonic()
+    order = torch.empty(0, dtype=torch.long)
+    for number in range(steps):
+        if number % per_epoch == 0:
+            order = torch.randperm(len(images), device=images.device)
+            log.info("epoch %d: loss %.3f, %.1f s", number // per_epoch, last.item(), time.monotonic() - start)
+        chosen = order[(number % per_epoch) * size :][:size]
+        batch_images.copy_(images[chosen])
+        batch_labels.copy_(labels[chosen])
+        # A linear warm-up over 5 % of the steps, and a cosine down to zero.
+        lr.fill_(arguments.lr * min((number + 1) * 20 / steps, 0.5 + 0.5 * math.cos(math.pi * number / steps)))
+        share.fill_(random.betavariate(0.2, 0.2))  # mixup
+        run()
+    return average
+
+
+@torch.inference_mode()
+def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+    """Return the share of right answers in percent, in fp32."""
+    model.eval()
+    parts = zip(images.split(1000), labels.split(1000), strict=True)
+    right = [(model(normalise(x)).argmax(1) == y).sum() for x, y in parts]
+    return 100 * torch.stack(right).sum().item() / len(labels)
+
+
+def save(model: nn.Module, folder: Path) -> nn.Module:
+    """Write the folder that timm's `local-dir:` loads, and return the model loaded back from it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(model.cpu().state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
+    return timm.create_model(f"local-dir:{folder}", pretrained=True)
+
+
+def tensors(folder: Path, split: str, device: str) -> tuple[Tensor, Tensor]:
+    """Read a split as uint8 images (count, 28, 28) and int64 labels (count,) on the device."""
+    images, labels = read_split(folder, split)
+    return torch.from_numpy(images.copy()).to(device), torch.from_numpy(labels.astype(np.int64)).to(device)
+
+
+def main() -> None:
+    """Train, save, measure the saved model and write metrics.json."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="folder for config.json and model.safetensors")
+    parser.add_argument("--data", type=Path, default=Path("/usr/share/datasets/fashion-mnist"), help="[%(default)s]")
+    for name, default in (("epochs", 150), ("batch-size", 512), ("lr", 2e-3), ("smoothing", 0.05), ("seed", 0)):
+        parser.add_argument(f"--{name}", type=type(default), default=default, help="[%(default)s]")
+    parser.add_argument("--max-steps", type=int, help="stop early, for a trial")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="[%(default)s]")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    torch.manual_seed(arguments.seed)
+    random.seed(arguments.seed)
+    start = time.monotonic()
+    data = {split: tensors(arguments.data, split, arguments.device) for split in ("train", "t10k")}
+    model = timm.create_model(ARCHITECTURE, drop_path_rate=0.05, **MODEL_ARGUMENTS).to(arguments.device).train()
+    average = train(model, *data["train"], arguments)
+    saved = save(average, arguments.output).to(arguments.device)
+    metrics = {
+        "data": "Fashion-MNIST: 60000 training images, 10000 test images",
+        "test_top1": accuracy(saved, *data["t10k"]),
+        "parameters": sum(p.numel() for p in saved.parameters()),
+        "minutes": round((time.monotonic() - start) / 60, 2),
+        "device": torch.cuda.get_device_name() if arguments.device.startswith("cuda") else "CPU",
+        **{key: getattr(arguments, key) for key in ("epochs", "batch_size", "lr", "smoothing", "seed", "max_steps")},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__},
+    }
+    (arguments.output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    log.info("%s", metrics)
+
+
+if __name__ == "__main__":
+    main()
