@@ -1,0 +1,160 @@
+"""Batches of images as the teacher wants to see them.
+
+What a view looks like depends on the seed, the epoch and the index of its image and on nothing else: not on the
+number of workers or processes, and not on where a run was resumed.
+
+Shape letters: B batch, C channels, H W image size.
+"""
+
+import logging
+import signal
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+
+from gspn2convert.errors import UserError
+from gspn2convert.images import ImageSet, open_images
+from gspn2convert.recipe import Augment
+from gspn2convert.views import Views, collate, generator
+
+__all__ = ["ImageSet", "batches", "open_images", "split_held_out", "train_batches"]
+
+_Keys = list[tuple[int, int]]  # of the views of a batch: epoch and position
+
+_log = logging.getLogger(__name__)
+
+
+def split_held_out(count: int, held_out: int, seed: int) -> tuple[list[int], list[int]]:
+    """Set images aside that are not trained on.
+
+    Args:
+        count: images in the set.
+        held_out: images to set aside; at most a fifth of the set is, and at least one image.
+        seed: decides which.
+
+    Returns:
+        The indices to train on and the indices held out, both in ascending order.
+
+    Raises:
+        UserError: the set has fewer than two images.
+    """
+    if count < 2:
+        raise UserError(f"the data hold {count} image; at least 2 are needed, one to train on and one held out")
+    wanted = max(1, min(held_out, count // 5))
+    if wanted < held_out:
+        _log.warning("%d images are held out instead of %d, a fifth of the %d there are", wanted, held_out, count)
+    order = torch.randperm(count, generator=generator(seed, "held out")).tolist()
+    return sorted(order[wanted:]), sorted(order[:wanted])
+
+
+def batches(
+    images: ImageSet,
+    data_config: dict[str, Any],
+    *,
+    indices: Sequence[int],
+    batch_size: int,
+    augment: Augment | None,
+    seed: int,
+    workers: int = 0,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Go through images once, in the order of `indices`.
+
+    Args:
+        images: the set.
+        data_config: the teacher's, from `timm.data.resolve_model_data_config`.
+        indices: which images.
+        batch_size: images per batch; the last batch may be smaller.
+        augment: how training views are made; None gives the teacher's evaluation view.
+        seed: decides the views.
+        workers: processes that read ahead; 0 reads in this one.
+
+    Returns:
+        Iterator over normalised float32 images (B, C, H, W) and int64 labels (B,), -1 where an image has none.
+        It raises UserError when more than 1 % of the images are unreadable.
+    """
+    keys = [(0, position) for position in range(len(indices))]
+    order = [keys[start : start + batch_size] for start in range(0, len(keys), batch_size)]
+    return _load(Views(images, data_config, indices, augment, seed), order, workers)
+
+
+def train_batches(
+    images: ImageSet,
+    data_config: dict[str, Any],
+    *,
+    indices: Sequence[int],
+    batch_size: int,
+    augment: Augment | None,
+    seed: int,
+    first_step: int,
+    steps: int,
+    rank: int = 0,
+    world: int = 1,
+    workers: int = 0,
+) -> Iterator[Tensor]:
+    """Give the training images of the steps from `first_step` to `steps`, epoch after epoch in a new order.
+
+    Args:
+        images: the set.
+        data_config: the teacher's, from `timm.data.resolve_model_data_config`.
+        indices: the images to train on.
+        batch_size: images per step, of all processes together.
+        augment: how views are made; None gives the teacher's evaluation view.
+        seed: decides order and views; the images of step s depend on the seed and s alone.
+        first_step: the first step to give, counted from 0.
+        steps: the step to stop before.
+        rank: number of this process.
+        world: number of processes; each gets its part of every step's images, in the order of the ranks.
+        workers: reading processes of this process; 0 reads in this one.
+
+    Returns:
+        Iterator over normalised float32 images (B / world, C, H, W), one batch per step. It raises UserError when
+        more than 1 % of the images are unreadable.
+
+    Raises:
+        UserError: the batch cannot be shared out evenly.
+    """
+    if batch_size % world:
+        raise UserError(f"batch_size {batch_size} cannot be shared by {world} processes; make it a multiple of {world}")
+    own = range(rank * batch_size // world, (rank + 1) * batch_size // world)
+    order = _training_order(len(indices), batch_size, own, seed, range(first_step, steps))
+    views = Views(images, data_config, indices, augment, seed)
+    return (pixels for pixels, _ in _load(views, order, workers))
+
+
+def _training_order(count: int, batch_size: int, own: range, seed: int, steps: Iterable[int]) -> Iterator[_Keys]:
+    """Yield the (epoch, position) of each view of a step; a batch may span epochs, so that no image is left out."""
+    shuffled: tuple[int, list[int]] = (-1, [])
+    for step in steps:
+        batch = []
+        for number in own:
+            epoch, place = divmod(step * batch_size + number, count)
+            if shuffled[0] != epoch:
+                shuffled = (epoch, torch.randperm(count, generator=generator(seed, "epoch", epoch)).tolist())
+            batch.append((epoch, shuffled[1][place]))
+        yield batch
+
+
+def _load(views: Views, order: Iterable[_Keys], workers: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield pixels (B, C, H, W) and labels (B,) of the batches in `order`, counting what cannot be read."""
+    loader = DataLoader(
+        views,
+        batch_sampler=cast(Sampler[list[Any]], order),  # any iterable will do
+        num_workers=workers,
+        collate_fn=collate,
+        generator=torch.Generator(),  # else the loader draws a number from the global one
+        worker_init_fn=_leave_interrupts_to_the_parent,
+    )
+    tally = views.images.tally
+    for pixels, labels, asked in loader:
+        for index, problem in asked:
+            tally.add(index, problem)
+        tally.check(hopeless=pixels is None)
+        yield pixels, labels
+
+
+def _leave_interrupts_to_the_parent(worker: int) -> None:
+    """Ignore Ctrl-C in a worker: the terminal sends it to all processes, and the parent ends its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

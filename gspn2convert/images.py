@@ -1,0 +1,234 @@
+"""Where images come from: the bundled demo data, folders, tar files, torchvision, shards, Hugging Face.
+
+timm's readers list and open the files; unlike timm's dataset this set never replaces an image on its own.
+"""
+
+import importlib.util
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+import numpy as np
+from PIL import Image
+from timm.data import create_dataset
+
+from gspn2convert.demo_data import DemoSource
+from gspn2convert.errors import UserError
+from gspn2convert.shards import ShardSource
+from gspn2convert.splits import SPLIT_NAMES, pick_split
+from gspn2convert.tally import Tally
+
+_KINDS = "a folder of images, a .tar file, demo, torch/NAME:ROOT, wds/NAME:ROOT or hfds/NAME"
+_MODES = {1: "L", 3: "RGB"}
+
+
+class UnreadableImage(OSError):
+    """An image cannot be decoded; the message names it."""
+
+
+class Source(Protocol):
+    """Images by index."""
+
+    label_names: list[str] | None
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        """Return an image in any mode, decoded or not, and its label, -1 where it has none."""
+
+    def where(self, index: int) -> str:
+        """Name the image in messages."""
+
+
+class ImageSet:
+    """Images of one colour mode with labels; the index of an image never changes."""
+
+    def __init__(self, name: str, source: Source, *, in_chans: int = 3) -> None:
+        """Wrap a source.
+
+        Args:
+            name: what the user called it.
+            source: the images.
+            in_chans: 3 for RGB, 1 for grey images.
+        """
+        self.name = name
+        self.label_names = source.label_names
+        self.in_chans = in_chans
+        self.tally = Tally(len(source))
+        self._source = source
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def where(self, index: int) -> str:
+        """Return the image's file name, or what stands for it."""
+        return self._source.where(index)
+
+    def image(self, index: int) -> tuple[Image.Image, int]:
+        """Decode an image.
+
+        Returns:
+            The image in mode RGB or L, and its label, -1 where it has none.
+
+        Raises:
+            UnreadableImage: the file is missing, truncated or no image.
+        """
+        try:
+            image, label = self._source.read(index)
+            return _in_mode(image, _MODES[self.in_chans]), label
+        except Exception as error:  # Pillow's decoders raise whatever a broken file drives them into
+            raise UnreadableImage(f"{self.where(index)}: {error}") from error
+
+
+def open_images(spec: str, split: str, *, in_chans: int = 3) -> ImageSet:
+    """Open the images that a user named.
+
+    Args:
+        spec: "demo", a folder (labelled by its subfolders, or not labelled), a .tar file, "torch/NAME[:ROOT]"
+            (already downloaded to ROOT, by default `data`), "wds/NAME:ROOT" or "hfds/NAME[:ROOT]" (downloads to ROOT
+            or the Hugging Face cache).
+        split: "train" or "test". A folder without subfolders for both serves as either.
+        in_chans: the teacher's input channels: 3 gives RGB, 1 grey images.
+
+    Raises:
+        UserError: there is no such data, a package is missing, or nothing in it is an image.
+    """
+    assert split in SPLIT_NAMES, split
+    if in_chans not in _MODES:
+        raise UserError(f"the teacher takes {in_chans} input channels; images can be read with 1 or 3")
+    return ImageSet(spec, _source(spec, split), in_chans=in_chans)
+
+
+def _source(spec: str, split: str) -> Source:
+    kind, _, rest = spec.partition("/")
+    name, _, root = rest.partition(":")
+    if spec == "demo":
+        return DemoSource(split)
+    if kind == "torch" and name:
+        return _torchvision(name, root or "data", split)
+    if kind == "wds" and root:
+        return ShardSource(Path(root), split)
+    if kind == "hfds" and name:
+        return _hugging_face(name, root or None, split)
+    if Path(spec).exists():
+        return _files(Path(spec), split)
+    raise UserError(f"data {spec!r}: no such file or folder; expected {_KINDS}")
+
+
+class _Reader(Protocol):
+    """What is used of timm's readers."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> tuple[BinaryIO, int]: ...
+
+    def filename(self, index: int, basename: bool = False, absolute: bool = False) -> str | None: ...
+
+
+class _ReaderSource:
+    """Images of one of timm's readers; without class names their labels are not used."""
+
+    def __init__(self, reader: _Reader, label_names: list[str] | None) -> None:
+        self._reader = reader
+        self.label_names = label_names
+
+    def __len__(self) -> int:
+        return len(self._reader)
+
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        file, label = self._reader[index]
+        with file:
+            image = Image.open(file)
+            image.load()
+        return image, -1 if self.label_names is None else int(label)
+
+    def where(self, index: int) -> str:
+        return self._reader.filename(index, absolute=True) or f"image {index}"
+
+
+class _TorchvisionSource:
+    """Images of a torchvision dataset."""
+
+    def __init__(self, dataset: Sequence[tuple[Image.Image, int]], name: str) -> None:
+        self._dataset, self._name = dataset, name
+        self.label_names: list[str] | None = getattr(dataset, "classes", None)
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        image, label = self._dataset[index]
+        return image, int(label)
+
+    def where(self, index: int) -> str:
+        return f"image {index} of torch/{self._name}"
+
+
+def _files(path: Path, split: str) -> Source:
+    """Open a folder or tar file with timm's readers."""
+    options: dict[str, Any] = {}
+    if path.is_dir():
+        path = _split_folder(path, split)
+    elif path.suffix == ".tar":
+        # Open tar files cannot be shared by worker processes, and timm would pickle its index next to a large one.
+        options = {"cache_tarfiles": False, "cache_tarinfo": False}
+    else:
+        raise UserError(f"data {str(path)!r} is a file of another kind; expected {_KINDS}")
+    try:
+        reader = create_dataset("", root=str(path), split=split, search_split=False, **options).reader
+    except tarfile.TarError as error:
+        raise UserError(f"data {str(path)!r}: no complete tar file ({error}); fetch it again") from error
+    except (RuntimeError, ValueError) as error:
+        # What timm raises where it finds no image, in a folder and in a tar file.
+        hint = "; name one of its .tar files" if path.is_dir() and any(path.glob("*.tar")) else ""
+        raise UserError(f"data {str(path)!r}: no .jpg, .jpeg or .png images in it{hint}") from error
+    classes = reader.class_name_to_idx if options else reader.class_to_idx
+    return _ReaderSource(reader, list(classes) if len(classes) > 1 else None)
+
+
+def _split_folder(root: Path, split: str) -> Path:
+    """Return the split's subfolder where there is one for training and one for tests, else the folder itself."""
+    found = {key: [root / name for name in names if (root / name).is_dir()] for key, names in SPLIT_NAMES.items()}
+    return found[split][0] if all(found.values()) else root
+
+
+def _torchvision(name: str, root: str, split: str) -> Source:
+    try:
+        # timm's word for the split, as some of torchvision's datasets have no other than `val`.
+        dataset = create_dataset(f"torch/{name}", root=root, split="train" if split == "train" else "validation")
+    except AssertionError as error:
+        raise UserError(f"data torch/{name}: timm knows no torchvision dataset of this name") from error
+    except (RuntimeError, OSError) as error:
+        raise UserError(
+            f"data torch/{name}: not found in {root!r}, and nothing is downloaded unasked; give its folder as "
+            f"torch/{name}:ROOT, or fetch it with torchvision.datasets and download=True"
+        ) from error
+    return _TorchvisionSource(dataset, name)
+
+
+def _hugging_face(name: str, root: str | None, split: str) -> Source:
+    if importlib.util.find_spec("datasets") is None:
+        raise UserError(f"data hfds/{name} needs the package datasets; run: pip install datasets")
+    datasets = importlib.import_module("datasets")
+    try:
+        found = pick_split(datasets.get_dataset_split_names(name), split, f"hfds/{name}")
+        features = datasets.load_dataset(name, split=found, cache_dir=root).features
+        image = next((key for key, kind in features.items() if isinstance(kind, datasets.Image)), None)
+        label = next((key for key, kind in features.items() if isinstance(kind, datasets.ClassLabel)), None)
+        if image is None:
+            raise UserError(f"data hfds/{name}: no column of images among {', '.join(features)}")
+        keys: dict[str, Any] = {"input_key": image, "target_key": label or image}
+        reader = create_dataset(f"hfds/{name}", root=root, split=found, **keys).reader
+    except UserError:
+        raise
+    except Exception as error:  # the hub's client has errors of many kinds; all mean that the data cannot be had
+        raise UserError(f"data hfds/{name}: cannot be opened: {' '.join(str(error).split())}") from error
+    return _ReaderSource(reader, list(features[label].names) if label else None)
+
+
+def _in_mode(image: Image.Image, mode: str) -> Image.Image:
+    """Convert an image to RGB or L as timm does, but scale 16-bit images, which Pillow would clip to white."""
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image).clip(0, 0xFFFF) >> 8).astype(np.uint8))
+    return image.convert(mode)

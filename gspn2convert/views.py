@@ -1,0 +1,111 @@
+"""Views: images as a model sees them, made from a seed, an epoch and an index and from nothing else.
+
+Shape letters: B batch, C channels, H W image size.
+"""
+
+import hashlib
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from timm.data import create_transform
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from gspn2convert.images import ImageSet, UnreadableImage
+from gspn2convert.recipe import Augment
+from gspn2convert.tally import TOLERATED
+
+
+@dataclass
+class View:
+    """One image as the model sees it; an image that cannot be read is stood in for by the next one that can."""
+
+    pixels: Tensor | None  # (C, H, W); None where none of the next images can be read
+    label: int
+    index: int  # of the image that was asked for
+    problem: str  # why that one cannot be read, empty if it can
+
+
+class Views(Dataset[View]):
+    """Views by (epoch, position in `indices`)."""
+
+    def __init__(
+        self, images: ImageSet, data_config: dict[str, Any], indices: Sequence[int], augment: Augment | None, seed: int
+    ) -> None:
+        self.images, self._indices, self._seed = images, indices, seed
+        self._transform = _make_transform(data_config, augment, images.in_chans)
+
+    def __getitem__(self, key: tuple[int, int]) -> View:
+        epoch, position = key
+        count = len(self._indices)
+        index = int(self._indices[position])  # of an array's elements the seed would be another one
+        problem = ""
+        # So many unreadable images in a row would be too many even if all others could be read.
+        for step in range(min(count, max(16, int(count * TOLERATED) + 1))):
+            try:
+                image, label = self.images.image(self._indices[(position + step) % count])
+            except UnreadableImage as error:
+                problem = problem or str(error)
+            else:
+                with _seeded(self._seed, epoch, index):
+                    return View(self._transform(image), label, index, problem)
+        return View(None, -1, index, problem)
+
+
+def _make_transform(
+    data_config: dict[str, Any], augment: Augment | None, in_chans: int
+) -> Callable[[Image.Image], Tensor]:
+    """Make the teacher's evaluation view, or training views: crops, mirrored or not, in slightly other colours."""
+    channels, *size = data_config["input_size"]
+    assert channels == in_chans, f"the images have {in_chans} channels, the teacher takes {channels}"
+    shared = {key: data_config[key] for key in ("interpolation", "mean", "std")} | {"input_size": tuple(size)}
+    for key in ("mean", "std"):
+        if len(shared[key]) != channels:  # timm keeps three values for models whose input was changed to grey
+            shared[key] = (sum(shared[key]) / len(shared[key]),) * channels
+    if augment is None:
+        return create_transform(**shared, crop_pct=data_config["crop_pct"], crop_mode=data_config["crop_mode"])
+    jitter = augment.color_jitter
+    return create_transform(
+        **shared,
+        is_training=True,
+        scale=augment.scale,
+        hflip=0.5 if augment.flip else 0.0,
+        # Grey images have no saturation to change.
+        color_jitter=(jitter, jitter, jitter if channels == 3 else 0.0),
+    )
+
+
+def collate(views: list[View]) -> tuple[Tensor | None, Tensor, list[tuple[int, str]]]:
+    """Stack views; there are no pixels if one of them has none."""
+    pixels = [view.pixels for view in views if view.pixels is not None]
+    labels = torch.tensor([view.label for view in views])
+    asked = [(view.index, view.problem) for view in views]
+    return torch.stack(pixels) if len(pixels) == len(views) else None, labels, asked
+
+
+def _number(*key: int | str) -> int:
+    """Hash a key to 63 bits, the same on every machine."""
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big") >> 1
+
+
+def generator(*key: int | str) -> torch.Generator:
+    """Return a generator of its own for a key."""
+    return torch.Generator().manual_seed(_number(*key))
+
+
+@contextmanager
+def _seeded(*key: int) -> Iterator[None]:
+    """Seed the global generators that timm's transforms draw from, and put them back afterwards."""
+    state = random.getstate()
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(_number(*key))
+        random.seed(_number(*key))
+        try:
+            yield
+        finally:
+            random.setstate(state)
