@@ -1,0 +1,197 @@
+"""The folder that holds a converted model: what timm reads, and where the model came from."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from pathlib import Path
+from typing import Any, cast
+
+import safetensors.torch
+import timm
+from timm.models._hub import load_model_config_from_path
+
+import gspn2convert
+from gspn2convert.errors import UserError
+from gspn2convert.model import Gspn2Vit, GspnBlock
+from gspn2convert.vit import GSPN2_VIT, current_arguments, public_cfg
+from gspn2convert.weights import WEIGHTS_FILE, check_match, folder_weights, read_shapes
+
+_CARD = """---
+library_name: timm
+tags:
+- image-classification
+- gspn2convert
+{license}---
+# {teacher} as a GSPN-2 Vision Transformer
+
+A copy of the timm model `{teacher}` in which line scans (GSPN-2) have taken the place of attention in
+{converted} of {depth} blocks: {layers}. `recipe.yaml` says how it was made, `metrics.json` what came out.
+
+```python
+import gspn2convert, timm  # the import registers gspn2_vit with timm
+
+model = timm.create_model("local-dir:PATH/TO/THIS/FOLDER", pretrained=True).eval()
+```
+
+Without `pretrained=True` timm fills the model with random weights and does not say so.
+{metrics}"""
+
+
+def save_student(
+    student: Gspn2Vit, folder: str | Path, *, recipe_text: str, metrics: dict[str, Any], teacher: str
+) -> None:
+    """Save a converted model so that timm can load it.
+
+    The same tensors give the same bytes of model.safetensors.
+
+    Args:
+        student: the model; its head, labels and image size are saved as they are now.
+        folder: made if it is not there; files of an earlier save are replaced one by one.
+        recipe_text: YAML of the recipe.
+        metrics: fit for JSON.
+        teacher: name of the teacher; of a path only the last part is kept.
+
+    Raises:
+        UserError: the folder cannot be written, or the disk is full.
+    """
+    folder = Path(folder)
+    teacher = Path(teacher).name if Path(teacher).is_absolute() else teacher
+    config = _config(student, teacher)
+    tensors = {name: value.detach().cpu().contiguous() for name, value in student.state_dict().items()}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {folder}: {error.strerror}; choose another") from error
+    write_atomic(folder / WEIGHTS_FILE, safetensors.torch.save(tensors, metadata={"format": "pt"}))
+    write_atomic(folder / "recipe.yaml", recipe_text.encode())
+    write_atomic(folder / "metrics.json", _json(metrics))
+    write_atomic(folder / "README.md", _card(config, metrics).encode())
+    # Last, for timm takes a folder with a config.json for a whole one.
+    write_atomic(folder / "config.json", _json(config))
+
+
+def _config(student: Gspn2Vit, teacher: str) -> dict[str, Any]:
+    """What timm reads to rebuild the model; it passes over the block named gspn2."""
+    cfg = public_cfg(student)
+    layers = [i for i, block in enumerate(student.blocks) if isinstance(block, GspnBlock)]
+    labels: dict[str, Any] = {key: cfg.pop(key) for key in ("label_names", "label_descriptions") if key in cfg}
+    return {
+        "architecture": GSPN2_VIT,
+        "num_classes": student.num_classes,
+        "num_features": student.num_features,
+        "global_pool": student.global_pool,
+        **labels,
+        "model_args": current_arguments(student),
+        "pretrained_cfg": cfg,
+        "gspn2": {
+            "version": gspn2convert.__version__,
+            "teacher": teacher,
+            "layers": layers,
+            "depth": len(student.blocks),
+        },
+    }
+
+
+def _json(value: dict[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2) + "\n").encode()
+
+
+def _card(config: dict[str, Any], metrics: dict[str, Any]) -> str:
+    """Model card for people and for the Hugging Face hub."""
+    gspn2 = config["gspn2"]
+    numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float | str)}
+    rows = [
+        f"| {name} | {value:.4g} |" if isinstance(value, float) else f"| {name} | {value} |"
+        for name, value in numbers.items()
+    ]
+    license_name = config["pretrained_cfg"].get("license")
+    return _CARD.format(
+        license=f"license: {license_name}\n" if license_name else "",
+        teacher=gspn2["teacher"],
+        converted=len(gspn2["layers"]),
+        depth=gspn2["depth"],
+        layers=", ".join(map(str, gspn2["layers"])) or "none",
+        metrics="\n".join(["", "| metric | value |", "|---|---|", *rows, ""]) if rows else "",
+    )
+
+
+def load(folder: str | Path, **kwargs: Any) -> Gspn2Vit:
+    """Load a converted model: `timm.create_model("local-dir:FOLDER", pretrained=True)`, checked and in eval mode.
+
+    Args:
+        folder: that `save_student` or `gspn2convert distill` wrote.
+        kwargs: for timm, such as `num_classes`, `img_size`, `in_chans`, `features_only` and `out_indices`.
+
+    Returns:
+        The model; with `features_only`, timm's feature getter around it.
+
+    Raises:
+        UserError: the folder is incomplete, damaged or holds another kind of model.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} has no config.json; give a folder that gspn2convert distill wrote")
+    try:
+        cfg, architecture, arguments = load_model_config_from_path(folder)
+    except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+        raise UserError(f"{folder / 'config.json'} cannot be read ({error!r}); convert the teacher again") from error
+    if architecture != GSPN2_VIT:
+        raise UserError(f"{folder} holds a {architecture}, which is not converted; run gspn2convert distill on it")
+    weights = folder_weights(folder)
+    saved = timm.create_model(GSPN2_VIT, pretrained_cfg=cfg, **arguments, device="meta")
+    check_match(weights, read_shapes(weights), {name: tuple(v.shape) for name, v in saved.state_dict().items()})
+    return cast(Gspn2Vit, timm.create_model(f"local-dir:{folder}", pretrained=True, **kwargs).eval())
+
+
+def check_output_folder(path: str | Path, resume: bool) -> None:
+    """Make sure that writing to a folder destroys nothing.
+
+    Raises:
+        UserError: it is a file, or holds something and the run is not to be resumed.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise UserError(f"the output {path} is a file; name a folder that does not exist yet")
+    if not resume and path.is_dir() and any(path.iterdir()):
+        raise UserError(f"the output folder {path} is not empty; name another, or go on with a stopped run by --resume")
+
+
+def write_atomic(path: str | Path, data: bytes) -> None:
+    """Write a file so that it is there as a whole or not at all, whatever happens meanwhile.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written; what was at `path` is still there.
+    """
+    path = Path(path)
+    # In the same folder, for a rename is atomic within one file system; one name, so that leftovers do not pile up.
+    part = path.with_name(f".{path.name}.part")
+    try:
+        try:
+            with part.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, path)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
+        _sync_folder(path.parent)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(
+                f"disk full: {path} of {len(data) / 2**20:.1f} MiB could not be written; make room, and run it again"
+            ) from error
+        raise UserError(f"cannot write {path}: {error.strerror}; check the folder and its permissions") from error
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename last through a power failure; Windows has no such call."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

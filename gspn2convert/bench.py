@@ -1,0 +1,168 @@
+"""Latency and memory of a student against its teacher, size by size."""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.models import VisionTransformer
+from torch import Tensor
+
+from gspn2convert.environment import environment
+from gspn2convert.errors import UserError
+from gspn2convert.vit import grid_size
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+_WARM_UP_SECONDS = 0.3
+_MEASURE_SECONDS = 1.5
+_MIN_RUNS, _MAX_RUNS = 7, 300
+
+
+def bench(
+    student: VisionTransformer,
+    teacher: VisionTransformer,
+    sizes: Sequence[tuple[int, int]],
+    *,
+    batch_size: int = 1,
+    device: torch.device,
+    dtype: str = "fp32",
+) -> dict[str, Any]:
+    """Time both models at every size and say from which size on the student is the faster one.
+
+    Args:
+        student: converted ViT.
+        teacher: what it is compared with.
+        sizes: heights and widths in pixels.
+        batch_size: images per call.
+        device: where to run.
+        dtype: `fp32`, or `bf16` / `fp16` under autocast.
+
+    Returns:
+        Times in milliseconds, memory in bytes (None on the CPU, where PyTorch keeps no count).
+
+    Raises:
+        UserError: if a size is no multiple of the patch, or an output of the student is not finite.
+    """
+    grids = [[grid_size(model, *size) for model in (student, teacher)][0] for size in sizes]
+    setting = _Setting(batch_size=batch_size, device=device, dtype=dtype)
+    rows = []
+    for (height, width), (lines, columns) in zip(sizes, grids, strict=True):
+        row: dict[str, Any] = {"height": height, "width": width, "tokens": lines * columns}
+        for name, model in (("teacher", teacher), ("student", student)):
+            row[name] = setting.measure(name, model, (height, width))
+        row["speedup"] = row["teacher"]["median_ms"] / row["student"]["median_ms"]
+        rows.append(row)
+    return {
+        "batch_size": batch_size,
+        "dtype": dtype,
+        "sizes": rows,
+        "crossover": crossover(rows),
+        "environment": environment(device),
+    }
+
+
+def crossover(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Say in one sentence, and in numbers, where the student starts to be faster.
+
+    Between two measured sizes the number of tokens at which the speed-up is 1 is interpolated
+    linearly; outside of the measured sizes nothing is claimed.
+
+    Args:
+        rows: sizes with `tokens`, `height`, `width` and `speedup` (teacher's time over the student's).
+    """
+    ordered = sorted(rows, key=lambda row: row["tokens"])
+    faster = [row["speedup"] > 1.0 for row in ordered]
+    span = ", ".join(f"{row['speedup']:.2f}x at {_size(row)}" for row in ordered)
+    if all(faster):
+        return {"tokens": None, "verdict": f"the student is faster at every size measured ({span})"}
+    if not any(faster):
+        return {"tokens": None, "verdict": f"the student is SLOWER at every size measured ({span})"}
+    first = faster.index(True)
+    if not all(faster[first:]):
+        return {"tokens": None, "verdict": f"no clear crossover: the student is faster at some sizes only ({span})"}
+    below, above = ordered[first - 1], ordered[first]
+    share = (1.0 - below["speedup"]) / (above["speedup"] - below["speedup"])
+    tokens = round(below["tokens"] + share * (above["tokens"] - below["tokens"]))
+    place = f"about {tokens} tokens on, between {_size(below)} and {_size(above)}"
+    return {"tokens": tokens, "verdict": f"the student is slower at small sizes and faster from {place} ({span})"}
+
+
+def _size(row: dict[str, Any]) -> str:
+    return f"{row['height']}x{row['width']}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Setting:
+    """How every model of a run is timed."""
+
+    batch_size: int
+    device: torch.device
+    dtype: str
+
+    @torch.inference_mode()
+    def measure(self, name: str, model: VisionTransformer, size: tuple[int, int]) -> dict[str, float | None]:
+        """Check the output, then time calls on the same random images."""
+        generator = torch.Generator().manual_seed(0)
+        channels = model.patch_embed.proj.in_channels
+        images = torch.randn(self.batch_size, channels, *size, generator=generator).to(self.device)
+        model.to(self.device).eval()
+        try:
+            self._check(name, self._call(model, images), size)
+            if self.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(self.device)
+            return self._figures(_times_ms(lambda: self._call(model, images), self.device))
+        finally:
+            model.cpu()  # so that the other model's peak memory is its own
+
+    def _call(self, model: VisionTransformer, images: Tensor) -> Tensor:
+        with torch.autocast(self.device.type, dtype=DTYPES[self.dtype], enabled=self.dtype != "fp32"):
+            output: Tensor = model(images)
+        return output
+
+    def _check(self, name: str, output: Tensor, size: tuple[int, int]) -> None:
+        if not torch.isfinite(output).all():
+            where = f"{size[0]}x{size[1]}, {self.dtype}"
+            raise UserError(f"{name}: output at {where} holds NaN or infinity; try --dtype fp32, or check the weights")
+
+    def _figures(self, times: list[float]) -> dict[str, float | None]:
+        times, fifth = sorted(times), len(times) // 5
+        median = statistics.median(times)
+        on_cuda = self.device.type == "cuda"
+        return {
+            "median_ms": median,
+            "p20_ms": times[fifth],
+            "p80_ms": times[-1 - fifth],
+            "images_per_second": self.batch_size * 1000.0 / median,
+            "peak_bytes": torch.cuda.max_memory_allocated(self.device) if on_cuda else None,
+            "runs": len(times),
+        }
+
+
+def _times_ms(call: Callable[[], object], device: torch.device) -> list[float]:
+    """Repeat a call until the time is used up; CUDA is timed by events on the device."""
+    end = time.perf_counter() + _WARM_UP_SECONDS
+    while True:
+        _time_ms(call, device)
+        if time.perf_counter() > end:
+            break
+    times: list[float] = []
+    end = time.perf_counter() + _MEASURE_SECONDS
+    while len(times) < _MIN_RUNS or (time.perf_counter() < end and len(times) < _MAX_RUNS):
+        times.append(_time_ms(call, device))
+    return times
+
+
+def _time_ms(call: Callable[[], object], device: torch.device) -> float:
+    if device.type != "cuda":
+        start = time.perf_counter()
+        call()
+        return (time.perf_counter() - start) * 1000.0
+    begin, finish = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    call()
+    finish.record()
+    finish.synchronize()
+    return float(begin.elapsed_time(finish))

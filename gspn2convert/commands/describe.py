@@ -1,0 +1,57 @@
+"""`gspn2convert describe`: the layers of a model and what they cost."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from gspn2convert.commands import options
+from gspn2convert.commands.models import is_student, metrics_of
+from gspn2convert.commands.report import Document, ReportCommand, millions, plain, show_table
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def _show(document: Document, console: "Console") -> None:
+    cost = document["cost"]
+    rows, columns = cost["grid"]
+    size = f"{cost['height']}x{cost['width']} px, {rows}x{columns} patches"
+    console.print(f"{document['model']}: {document['kind']}, {size}")
+    has_errors = any(layer["error"] is not None for layer in document["layers"])
+    titles = ("layer", "mixes tokens by", "parameters", "M MACs", *(["error after stage 0"] if has_errors else []))
+    table = [
+        (str(layer["layer"]), layer["kind"], f"{layer['parameters']:,}", millions(layer["macs"]), _error(layer))
+        for layer in document["layers"]
+    ]
+    show_table(console, titles, [row[: len(titles)] for row in table])
+    share = 100 * cost["scan_macs"] / cost["macs"]
+    total = f"{cost['parameters']:,} parameters, {millions(cost['macs'])} M MACs for one image"
+    console.print(f"whole model: {total}, {share:.1f} % of them in line scans")
+
+
+def _error(layer: dict[str, Any]) -> str:
+    return "" if layer["error"] is None else f"{layer['error']:.3f}"
+
+
+@click.command("describe", cls=ReportCommand, show=_show)
+@click.argument("model")
+@click.option("--size", metavar="HxW", callback=options.read_size, help="Size to count at; default: the model's own.")
+def command(model: str, size: options.Size | None) -> dict[str, Any]:
+    """Show the layers of a model and what they cost.
+
+    MODEL is a converted folder, or a teacher as for distill (nothing is downloaded).
+    """
+    from gspn2convert.artifact import load
+    from gspn2convert.cost import cost
+    from gspn2convert.teachers import load_teacher
+
+    folder = Path(model)
+    converted = is_student(folder)
+    vit = load(folder) if converted else load_teacher(model, pretrained=False)
+    counted = cost(vit, *(size or vit.patch_embed.img_size))
+    fitted = metrics_of(folder).get("layers", []) if converted else []
+    errors = {layer["layer"]: layer["errors"][layer["method"]] for layer in fitted}
+    figures = plain(counted)
+    layers = [site | {"error": errors.get(site["layer"])} for site in figures.pop("sites")]
+    return {"model": model, "kind": "converted" if converted else "teacher", "cost": figures, "layers": layers}

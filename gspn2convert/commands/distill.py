@@ -1,0 +1,119 @@
+"""`gspn2convert distill`: the conversion itself."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from gspn2convert.commands import options
+from gspn2convert.commands.report import Document, ReportCommand, gibi, millions, percent, show_table, wants_json
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_DEMO = "demo"
+_SCORES = {"patch_cosine": "patch cosine", "prefix_cosine": "prefix cosine"}
+_SHARES = {"agreement": "agreement", "top1": "top-1"}
+
+
+def _show(document: Document, console: "Console") -> None:
+    if "plan" in document:
+        _show_plan(document["plan"], console)
+    else:
+        _show_result(document, console)
+
+
+def _show_plan(plan: Document, console: "Console") -> None:
+    height, width = plan["image_size"]
+    layers = {key: ", ".join(map(str, plan[f"{key}_layers"])) or "none" for key in ("converted", "kept")}
+    console.print(f"{plan['teacher']} at {height}x{width} px by recipe {plan['recipe']}")
+    console.print(f"blocks to convert: {layers['converted']}; blocks that keep attention: {layers['kept']}")
+    rows = [
+        ("parameters", *(f"{plan['parameters'][name]:,}" for name in ("teacher", "student"))),
+        ("M MACs for one image", *(millions(plan["macs"][name]) for name in ("teacher", "student"))),
+    ]
+    show_table(console, ("", "teacher", "student"), rows)
+    stages = [(one["stage"], f"{one['steps']:,}", f"{one['images']:,}", gibi(one["bytes"])) for one in plan["stages"]]
+    if plan["fit_images"]:
+        stages.insert(0, ("fit", "-", f"{plan['fit_images']:,}", gibi(plan["fit_bytes"])))
+    show_table(console, ("stage", "steps", "images", "memory beyond the models"), stages)
+    console.print("Nothing was downloaded or written.")
+
+
+def _show_result(document: Document, console: "Console") -> None:
+    _show_stages(document, console)
+    out = document["output"]
+    top1 = document["teacher_top1"]
+    teacher = "" if top1 is None else f"; the teacher's top-1 is {percent(top1)}"
+    console.print(f"mean error after the fit {document['fit_error']:.3f}{teacher}")
+    console.print(f"wrote {out}; next: gspn2convert export {out}, or gspn2convert.load({out!r}) in Python")
+
+
+def _show_stages(document: Document, console: "Console") -> None:
+    """Print what each stage came to, with the figures that there are."""
+    stages = document["stages"]
+    known = {key: title for key, title in {**_SCORES, **_SHARES}.items() if stages[0].get(key) is not None}
+    rows = [
+        (
+            stage["stage"],
+            f"{stage['seconds']:.1f}",
+            *(percent(stage[key]) if key in _SHARES else f"{stage[key]:.4f}" for key in known),
+        )
+        for stage in stages
+    ]
+    show_table(console, ("after stage", "seconds", *known.values()), rows)
+
+
+@click.command("distill", cls=ReportCommand, show=_show)
+@click.option("--teacher", required=True, metavar="NAME", help="demo, an alias (vit_base), a timm name or a folder.")
+@options.teacher_weights_option
+@click.option("--recipe", metavar="NAME", help="Recipe or YAML file; default: default, and demo for the demo.")
+@click.option("--data", metavar="SPEC", help="demo, a folder, a .tar, or torch/, wds/, hfds/; needs no labels.")
+@click.option("--output", type=click.Path(path_type=Path), help="Folder to write; default: TEACHER-gspn2.")
+@click.option(
+    "--stages",
+    default="0,1,2",
+    show_default=True,
+    callback=options.read_stages,
+    help="Which of fit (0), align (1), recover (2).",
+)
+@click.option("--keep", metavar="LAYERS", help="Blocks that keep attention, not the recipe's: 0,5, last:2, every:6.")
+@click.option("--img-size", type=click.IntRange(1), help="Image size to convert at; default: the teacher's own.")
+@options.device_option
+@click.option("--precision", type=options.PRECISION, default="fp32", show_default=True, help="Autocast to this type.")
+@options.workers_option
+@click.option("--resume", is_flag=True, help="Go on where an interrupted run stopped.")
+@click.option("--dry-run", is_flag=True, help="Print the plan; nothing is downloaded or written.")
+def command(
+    teacher: str,
+    recipe: str | None,
+    data: str | None,
+    output: Path | None,
+    dry_run: bool,
+    teacher_weights: Path | None,
+    img_size: int | None,
+    keep: str | None,
+    **how: Any,
+) -> dict[str, Any]:
+    """Convert a pretrained ViT into a GSPN-2 ViT."""
+    from gspn2convert.recipe import load_recipe
+
+    is_demo = teacher == _DEMO
+    what = load_recipe(recipe or (_DEMO if is_demo else "default"))
+    if dry_run:
+        from gspn2convert.plan import plan
+
+        return {"plan": plan(teacher, what, stages=how["stages"], img_size=img_size, keep=keep)}
+    images = data or (_DEMO if is_demo else None)
+    if images is None:
+        raise click.UsageError("Missing option '--data': images to convert with (only --teacher demo brings its own)")
+    from accelerate import PartialState
+
+    from gspn2convert.distill import Options, distill
+
+    folder = output or Path(f"{Path(teacher).name}-gspn2")
+    run = Options(output=folder, quiet=wants_json(), **how)
+    metrics = distill(teacher, what, images, run, teacher_weights=teacher_weights, img_size=img_size, keep=keep)
+    if not PartialState().is_main_process:  # of several, one speaks for all
+        click.get_current_context().exit()
+    return {"output": str(folder), **metrics}

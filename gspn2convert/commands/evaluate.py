@@ -1,0 +1,81 @@
+"""`gspn2convert evaluate`: accuracy of a student, and how near it is to its teacher."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from gspn2convert.commands import options
+from gspn2convert.commands.models import NO_TEACHER, load_rival, teacher_name
+from gspn2convert.commands.report import Document, ReportCommand, percent, show_table
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def _show(document: Document, console: "Console") -> None:
+    console.print(f"{document['images']} images of {document['data']} ({document['split']} split)")
+    rows = [
+        ("top-1", _percent(document, "top1"), _percent(document, "teacher_top1")),
+        ("k-NN top-1", _percent(document, "knn"), _percent(document, "teacher_knn")),
+        ("agreement of the first guess", _percent(document, "agreement"), ""),
+        *((f"cosine of {name} tokens", _cosine(document, f"{name}_cosine"), "") for name in ("prefix", "patch")),
+    ]
+    titles = ("", "student", "teacher") if document["teacher"] else ("", "student")
+    show_table(console, titles, [row[: len(titles)] for row in rows if any(row[1:])])
+
+
+def _percent(document: Document, key: str) -> str:
+    return percent(document[key]) if key in document else ""
+
+
+def _cosine(document: Document, key: str) -> str:
+    return f"{document[key]['mean']:.4f} (5 %: {document[key]['p5']:.4f})" if key in document else ""
+
+
+@click.command("evaluate", cls=ReportCommand, show=_show)
+@options.folder_argument
+@click.option("--data", required=True, metavar="SPEC", help="Images: demo, a folder, a .tar, or torch/, wds/, hfds/.")
+@click.option(
+    "--split", type=click.Choice(["train", "test"]), default="test", show_default=True, help="Part of the data."
+)
+@click.option("--teacher", metavar="NAME", help=f"Compare with another teacher than its own; {NO_TEACHER}.")
+@options.teacher_weights_option
+@click.option("--knn", is_flag=True, help="Also classify by the 20 nearest images of the train split.")
+@click.option("--batch-size", type=click.IntRange(1), default=64, show_default=True, help="Images per pass.")
+@options.device_option
+@options.workers_option
+def command(
+    folder: Path,
+    data: str,
+    split: str,
+    teacher: str | None,
+    teacher_weights: Path | None,
+    knn: bool,
+    batch_size: int,
+    device: str,
+    workers: int,
+) -> dict[str, Any]:
+    """Compare a converted model with its teacher on images."""
+    from gspn2convert.artifact import load
+    from gspn2convert.data import open_images
+    from gspn2convert.environment import environment, pick_device
+    from gspn2convert.evaluate import evaluate
+
+    student = load(folder)
+    where = pick_device(device)
+    channels = student.patch_embed.proj.in_channels
+    images = open_images(data, split, in_chans=channels)
+    neighbours = open_images(data, "train", in_chans=channels) if knn else None
+    rival = None if teacher == NO_TEACHER else load_rival(student, folder, teacher, weights=teacher_weights)
+    figures = evaluate(
+        student, rival, images, batch_size=batch_size, device=where, knn_images=neighbours, workers=workers
+    )
+    return {
+        "student": str(folder),
+        "teacher": None if rival is None else teacher or teacher_name(folder),
+        "data": data,
+        "split": split,
+        **figures,
+        "environment": environment(where),
+    }

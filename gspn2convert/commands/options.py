@@ -1,0 +1,52 @@
+"""Options that several commands have, and how their values are read."""
+
+from pathlib import Path
+
+import click
+
+Size = tuple[int, int]
+Value = str | None
+
+FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
+FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+PRECISION = click.Choice(["fp32", "bf16", "fp16"])
+
+folder_argument = click.argument("folder", type=FOLDER)
+device_option = click.option(
+    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="Where to run."
+)
+workers_option = click.option(
+    "--workers", type=click.IntRange(0), default=0, show_default=True, help="Processes that read images."
+)
+teacher_weights_option = click.option(
+    "--teacher-weights", type=FILE, help="The teacher's weights (safetensors), instead of a download."
+)
+
+
+def read_size(context: click.Context, parameter: click.Parameter, value: Value) -> Size | None:
+    """Read `224` or `224x308` (height x width)."""
+    return None if value is None else _size(value)
+
+
+def read_sizes(context: click.Context, parameter: click.Parameter, value: str) -> tuple[Size, ...]:
+    """Read several sizes with commas between them."""
+    return tuple(_size(part) for part in value.split(","))
+
+
+def read_stages(context: click.Context, parameter: click.Parameter, value: str) -> tuple[int, ...]:
+    """Read stages such as `0,1,2`, in ascending order."""
+    parts = [part.strip() for part in value.split(",")]
+    if not set(parts) <= {"0", "1", "2"}:
+        raise click.BadParameter(f"{value!r}: expected some of 0 (fit), 1 (align), 2 (recover), such as 0,1,2")
+    return tuple(sorted({int(part) for part in parts}))
+
+
+def _size(text: str) -> Size:
+    height, by, width = text.strip().lower().partition("x")
+    try:
+        size = int(height), int(width if by else height)
+    except ValueError:
+        size = (0, 0)
+    if min(size) < 1:
+        raise click.BadParameter(f"{text!r}: expected pixels such as 224, or height x width such as 224x308")
+    return size

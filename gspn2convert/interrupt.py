@@ -1,0 +1,57 @@
+"""Ctrl-C and SIGTERM as a wish to stop at the next good moment."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType, TracebackType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupted(Exception):
+    """A stage was stopped by Ctrl-C or SIGTERM; all that can be resumed is saved.
+
+    Args:
+        stage: the stage.
+        step: steps or layers of it that are done.
+        steps: steps or layers of it in all.
+    """
+
+    def __init__(self, stage: str, step: int, steps: int) -> None:
+        super().__init__(f"stopped in stage {stage} after {step} of {steps}; resume to go on")
+        self.stage, self.step, self.steps = stage, step, steps
+
+
+class StopWish:
+    """Notes the first Ctrl-C or SIGTERM inside a `with` block; a second one acts as it did before the block.
+
+    Only the main thread can receive signals; in any other the wish never comes.
+
+    Attributes:
+        made: whether a signal has come.
+    """
+
+    def __init__(self) -> None:
+        self.made = False
+        self._previous: dict[signal.Signals, signal._HANDLER] = {}
+
+    def __enter__(self) -> StopWish:
+        """Begin to listen."""
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:
+                self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        """Put the earlier handlers back."""
+        self._restore()
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.made = True
+        self._restore()
+
+    def _restore(self) -> None:
+        while self._previous:
+            number, handler = self._previous.popitem()
+            signal.signal(number, handler)

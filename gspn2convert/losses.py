@@ -1,0 +1,74 @@
+"""Losses between a student and its teacher: pure functions, computed in float32.
+
+Shapes: B batch, N tokens, C channels, K classes.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def cosine_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """1 - cosine of each token with its counterpart, averaged over (..., C)."""
+    return 1 - F.cosine_similarity(student.float(), teacher.float(), dim=-1).mean()
+
+
+def smooth_l1(student: Tensor, teacher: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Smooth L1 of (..., C) after both sides are standardised with the teacher's channel mean and deviation, (C,).
+
+    Without that the few channels with large values, common in pretrained ViTs, would be all that counts.
+    """
+    difference = (student.float() - teacher.float()) / std
+    return F.smooth_l1_loss(difference, torch.zeros_like(difference))
+
+
+def variance(teacher: Tensor, gamma: Tensor | None = None, mean: Tensor | None = None) -> Tensor:
+    """Squared length of `gamma * (teacher - mean)`, averaged over tokens: what a constant would get wrong.
+
+    Args:
+        teacher: (..., C).
+        gamma: (C,) LayerScale, None for 1.
+        mean: (C,); None for the mean of `teacher` itself.
+    """
+    tokens = teacher.float().flatten(0, -2)
+    return _power(tokens - (tokens.mean(0) if mean is None else mean), gamma)
+
+
+def relative_error(
+    student: Tensor, teacher: Tensor, gamma: Tensor | None = None, spread: Tensor | None = None
+) -> Tensor:
+    """||gamma (s - t)||^2 / ||gamma (t - mean t)||^2 over all tokens of (..., C).
+
+    0 is exact, 1 is no better than the teacher's mean. LayerScale weighs the channels, since only what passes
+    it reaches the residual stream.
+
+    Args:
+        student: (..., C) attention output of the student.
+        teacher: the same of the teacher.
+        gamma: (C,) LayerScale of the block, None for 1.
+        spread: the denominator per token where it is known already, for example of a batch that several
+            processes share; None for `variance(teacher, gamma)`.
+    """
+    spread = variance(teacher, gamma) if spread is None else spread
+    # An output that is constant, or switched off by a gamma of 0, has nothing to explain.
+    return _power(student.float() - teacher.float(), gamma) / spread.clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def normalised_difference(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean squared difference of (..., C) tokens, each normalised over its channels: scale and offset do not count."""
+    shape = student.shape[-1:]
+    return F.mse_loss(F.layer_norm(student.float(), shape), F.layer_norm(teacher.float(), shape))
+
+
+def kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+    """T^2 KL(teacher || student) of softened logits (B, K), averaged over images (Hinton et al., 2015)."""
+    student = F.log_softmax(student_logits.float() / temperature, -1)
+    teacher = F.log_softmax(teacher_logits.float() / temperature, -1)
+    return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+
+
+def _power(tokens: Tensor, gamma: Tensor | None) -> Tensor:
+    scaled = tokens if gamma is None else tokens * gamma.float()
+    return scaled.square().sum(-1).mean()

@@ -1,0 +1,76 @@
+"""What a conversion would do and cost, without weights or images (`distill --dry-run`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from timm.models import VisionTransformer
+
+from gspn2convert.cost import Cost, cost, training_bytes
+from gspn2convert.model import build_student
+from gspn2convert.recipe import Recipe, parse_keep
+from gspn2convert.teachers import load_teacher
+
+FLOAT32, FLOAT64 = 4, 8
+# AdamW keeps two moments beside weight and gradient; stage 2 averages the weights too.
+COPIES_IN_TRAINING = 5
+
+
+def plan(
+    teacher: str,
+    recipe: Recipe,
+    *,
+    stages: Sequence[int] = (0, 1, 2),
+    img_size: int | None = None,
+    keep: str | None = None,
+) -> dict[str, Any]:
+    """Plan a conversion; downloads and writes nothing.
+
+    Args:
+        teacher: "demo", an alias, a timm name or a folder; built without its weights.
+        recipe: what to do.
+        stages: which of 0, 1, 2 run.
+        img_size: pixels to convert at; the teacher's own by default.
+        keep: blocks that keep attention, instead of the recipe's.
+
+    Returns:
+        Layers, parameters and MACs of teacher and student for one image, memory in bytes beyond the two models
+        (fp32, one process), and steps.
+    """
+    vit = load_teacher(teacher, img_size=img_size, pretrained=False)
+    kept = parse_keep(recipe.keep if keep is None else keep, len(vit.blocks))
+    layers = [i for i in range(len(vit.blocks)) if i not in kept]
+    student = build_student(vit, layers, recipe.mixer.resolve(vit.embed_dim))
+    height, width = vit.patch_embed.img_size
+    before, after = cost(vit, height, width), cost(student, height, width)
+    trained = {1: ("align", recipe.align), 2: ("recover", recipe.recover)}
+    per_image = training_bytes(student, height, width)
+    return {
+        "teacher": teacher,
+        "recipe": recipe.name,
+        "image_size": [height, width],
+        "converted_layers": layers,
+        "kept_layers": list(kept),
+        "parameters": {"teacher": before.parameters, "student": after.parameters},
+        "macs": {"teacher": before.macs, "student": after.macs},
+        "fit_images": recipe.fit.images if 0 in stages else 0,
+        "fit_bytes": _fit_bytes(vit, recipe, after),
+        "stages": [
+            {
+                "stage": name,
+                "steps": spec.steps,
+                "images": spec.steps * spec.batch_size,
+                "bytes": spec.batch_size * per_image + COPIES_IN_TRAINING * FLOAT32 * after.parameters,
+            }
+            for number, (name, spec) in trained.items()
+            if number in stages
+        ],
+    }
+
+
+def _fit_bytes(vit: VisionTransformer, recipe: Recipe, size: Cost) -> int:
+    """Hidden tokens of all calibration images, and the moments of one layer with a copy for the solver."""
+    dim, tokens = vit.embed_dim, size.grid[0] * size.grid[1] + vit.num_prefix_tokens
+    hidden = (recipe.fit.images + recipe.fit.held_out) * tokens * dim * FLOAT32
+    return int(hidden + 3 * (6 * dim + 1) ** 2 * FLOAT64)

@@ -1,0 +1,69 @@
+"""Position-embedding resampling that every ONNX runtime computes alike.
+
+timm resizes the embedding to the image's grid by bicubic, antialiased interpolation. As an ONNX `Resize` with
+antialiasing that is wrong on some execution providers and refused by others. The map is linear and separable, so
+one matrix of cubic weights per axis and two matrix products do the same with elementwise operators.
+
+Shapes: P prefix tokens, S T old grid, H W new grid, C channels.
+"""
+
+from __future__ import annotations
+
+from types import FunctionType, MethodType
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+# Keys' cubic kernel as PyTorch and Pillow use it when antialiasing.
+_A = -0.5
+
+
+def cubic_weights(new: int, old: int, device: torch.device) -> Tensor:
+    """Weights (new, old) of antialiased cubic resampling along one axis; the identity where new equals old.
+
+    Pixel centres are aligned as in `interpolate(align_corners=False)`. The sizes may be symbolic.
+    """
+    centres = torch.arange(new, device=device, dtype=torch.float32) + 0.5
+    sources = torch.arange(old, device=device, dtype=torch.float32) + 0.5
+    # Counted in a tensor: the quotient of two symbolic sizes would not reach the exported graph.
+    ratio = old / torch.ones_like(centres).sum()
+    distance = (sources - (ratio * centres).unsqueeze(1)).abs() / ratio.clamp(min=1.0)
+    near = ((_A + 2) * distance - (_A + 3)) * distance * distance + 1
+    far = ((distance - 5) * distance + 8) * distance * _A - 4 * _A
+    weights = torch.where(distance < 1, near, torch.where(distance < 2, far, torch.zeros_like(distance)))
+    return weights / weights.sum(1, keepdim=True)
+
+
+def resample_position(
+    embedding: Tensor, new_size: tuple[int, int], old_size: tuple[int, int], num_prefix_tokens: int
+) -> Tensor:
+    """Resample a position embedding to another grid; bit-equal to it where the grids are the same.
+
+    Args:
+        embedding: (1, P + S T, C).
+        new_size: H, W.
+        old_size: S, T.
+        num_prefix_tokens: P, rows at the start that belong to no position and stay.
+
+    Returns:
+        (1, P + H W, C) in the dtype of the embedding, computed in fp32 as timm does.
+    """
+    prefix, positions = embedding[0, :num_prefix_tokens], embedding[0, num_prefix_tokens:]
+    grid = positions.float().unflatten(0, old_size).permute(2, 0, 1)
+    rows = cubic_weights(new_size[0], old_size[0], embedding.device)
+    columns = cubic_weights(new_size[1], old_size[1], embedding.device)
+    resampled = (rows @ grid @ columns.T).flatten(1).T.to(embedding.dtype)
+    return torch.cat([prefix, resampled]).unsqueeze(0)
+
+
+def make_resampling_portable(vit: VisionTransformer) -> None:
+    """Make this one model resample its position embedding with matrix products.
+
+    For the export's own copy of a model. timm's method stays what it is, with one name in it bound anew on this
+    instance: nothing outside of the copy changes, so other threads may run timm meanwhile.
+    """
+    method = type(vit)._pos_embed
+    names = {**method.__globals__, "resample_abs_pos_embed": resample_position}
+    rebound = FunctionType(method.__code__, names, method.__name__, method.__defaults__, method.__closure__)
+    vars(vit)["_pos_embed"] = MethodType(rebound, vit)

@@ -1,0 +1,311 @@
+"""The ONNX op against the reference of the line scan, and whole exported students against PyTorch."""
+
+import json
+import resource
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import timm
+import torch
+from onnx import TensorProto, helper
+from onnx.reference import ReferenceEvaluator
+from safetensors.torch import load_file
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor, nn
+
+from gspn2_kernels import line_scan_ref
+from gspn2_kernels.testing import assert_close, random_inputs
+from gspn2convert import onnx_graph
+from gspn2convert.errors import UserError
+from gspn2convert.export import ParityError, export_onnx, export_safetensors
+from gspn2convert.mixer import Gspn2Mixer
+from gspn2convert.model import Gspn2Vit, build_student
+from gspn2convert.onnx_function import DOMAIN, NAME, line_scan_function
+from gspn2convert.position import resample_position
+
+ONNX_TYPES = {
+    torch.float32: TensorProto.FLOAT,
+    torch.float16: TensorProto.FLOAT16,
+    torch.bfloat16: TensorProto.BFLOAT16,
+}
+OPERANDS = ("x", "lam", "logits", "u")
+
+
+def run_onnxruntime(model: onnx.ModelProto, feeds: dict[str, np.ndarray]) -> Tensor:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(None, feeds)[0])
+
+
+def run_evaluator(model: onnx.ModelProto, feeds: dict[str, np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.asarray(ReferenceEvaluator(model).run(None, feeds)[0]))
+
+
+RUNTIMES = {"onnxruntime": run_onnxruntime, "evaluator": run_evaluator}
+every_runtime = pytest.mark.parametrize("run", RUNTIMES.values(), ids=RUNTIMES)
+
+
+def one_node(dtype: torch.dtype, segment: int, opset: int = onnx_graph.OPSET) -> onnx.ModelProto:
+    """A model of one LineScan in a dtype, with fp32 inputs and output, for numpy has no bf16."""
+    shapes = [["B", "H", "W", "C"], ["B", "H", "W", 4, "C"], ["B", "H", "W", 4, "G", 3], ["B", "H", "W", 4, "C"]]
+    casts = [helper.make_node("Cast", [name], [f"{name}_cast"], to=ONNX_TYPES[dtype]) for name in OPERANDS]
+    scan = helper.make_node(NAME, [f"{name}_cast" for name in OPERANDS], ["y_cast"], domain=DOMAIN, segment=segment)
+    graph = helper.make_graph(
+        [*casts, scan, helper.make_node("Cast", ["y_cast"], ["y"], to=TensorProto.FLOAT)],
+        "one_node",
+        [helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in zip(OPERANDS, shapes, strict=True)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, shapes[1])],
+    )
+    opsets = [helper.make_opsetid("", opset), helper.make_opsetid(DOMAIN, 1)]
+    model = helper.make_model(graph, opset_imports=opsets, functions=[line_scan_function(opset)], ir_version=10)
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+def feed(inputs: tuple[Tensor, ...]) -> dict[str, np.ndarray]:
+    return {name: tensor.float().numpy() for name, tensor in zip(OPERANDS, inputs, strict=True)}
+
+
+@every_runtime
+@pytest.mark.parametrize(
+    ("shape", "groups", "segment", "dtype"),
+    [
+        ((2, 5, 7, 6), 1, 0, torch.float32),  # the paper's form
+        ((1, 14, 37, 8), 2, 4, torch.float32),  # last segments shorter than the others
+        ((2, 7, 3, 6), 6, 1, torch.float32),  # nothing is propagated
+        ((1, 3, 5, 4), 1, 4, torch.float32),  # segment between the two counts of lines
+        ((3, 7, 1, 3), 3, 3, torch.float32),  # lines of one position
+        ((1, 1, 1, 2), 1, 0, torch.float32),
+        ((0, 3, 4, 2), 1, 0, torch.float32),  # no image
+        ((2, 5, 7, 6), 2, 3, torch.float16),
+        ((2, 5, 7, 6), 2, 0, torch.bfloat16),
+    ],
+)
+def test_function_body_is_the_reference(
+    run: Callable[..., Tensor], shape: tuple[int, int, int, int], groups: int, segment: int, dtype: torch.dtype
+) -> None:
+    inputs = random_inputs(shape, groups, dtype)
+    want = line_scan_ref(*inputs, segment)
+    got = run(one_node(dtype, segment), feed(inputs))
+    assert_close("y", want.float(), got.to(dtype))
+
+
+@pytest.mark.parametrize("opset", [18, 21])
+def test_function_body_is_built_for_other_opsets(opset: int) -> None:
+    inputs = random_inputs((1, 4, 5, 4), 2)
+    got = run_onnxruntime(one_node(torch.float32, 3, opset), feed(inputs))
+    assert_close("y", line_scan_ref(*inputs, 3), got)
+
+
+@every_runtime
+def test_weights_stay_finite_where_every_sigmoid_underflows(run: Callable[..., Tensor]) -> None:
+    x, lam, logits, u = random_inputs((1, 5, 6, 4), 2)
+    inputs = x, lam, 100 * logits - 200, u
+    assert_close("y", line_scan_ref(*inputs), run(one_node(torch.float32, 0), feed(inputs)))
+
+
+@every_runtime
+def test_infinity_does_not_cross_a_restart(run: Callable[..., Tensor]) -> None:
+    inputs = random_inputs((1, 6, 7, 2))
+    inputs[0][0, 1, 3, 0] = torch.inf
+    want = line_scan_ref(*inputs, 2)
+    got = run(one_node(torch.float32, 2), feed(inputs))
+    assert torch.equal(got.isfinite(), want.isfinite())
+    assert_close("finite part", want[want.isfinite()], got[want.isfinite()])
+
+
+@pytest.mark.parametrize("new", [(14, 14), (7, 7), (1, 3), (12, 20), (32, 23), (64, 5)])
+@pytest.mark.parametrize("old", [(14, 14), (12, 20)])
+def test_position_embedding_is_resampled_as_timm_does(old: tuple[int, int], new: tuple[int, int]) -> None:
+    embedding = torch.randn(1, 2 + old[0] * old[1], 8)
+    want = resample_abs_pos_embed(embedding, list(new), list(old), num_prefix_tokens=2)
+    got = resample_position(embedding, new, old, num_prefix_tokens=2)
+    if old == new:
+        assert torch.equal(got, embedding)
+    # fp32 rounds positions of about 20 to 1e-6, in timm's weights and in these.
+    assert_close("embedding", want, got, 5e-6)
+
+
+@pytest.fixture
+def make_student(make_teacher: Callable[..., nn.Module]) -> Callable[..., Gspn2Vit]:
+    """Makes students of the small teacher, 32 x 48 pixels in patches of 8, whose mixers depend on what they see."""
+
+    def make(mixer: dict[str, Any] | None = None, layers: tuple[int, ...] = (0, 1), **changes: Any) -> Gspn2Vit:
+        student = build_student(make_teacher(**changes), layers, {"proxy_dim": 8, **(mixer or {})})
+        generator = torch.Generator().manual_seed(1)
+        for module in student.modules():
+            if isinstance(module, Gspn2Mixer):
+                for parameter in module.parameters():
+                    parameter.data.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+        return student
+
+    return make
+
+
+def check_file(path: Path, student: nn.Module, shapes: list[tuple[int, ...]], tolerance: float) -> onnx.ModelProto:
+    """Compare an exported file with the student at more shapes than the export did, and look inside."""
+    model = onnx.load(path)
+    assert model.ir_version == 10
+    assert {(opset.domain, opset.version) for opset in model.opset_import} == {("", 20), (DOMAIN, 1)}
+    assert [(function.domain, function.name) for function in model.functions] == [(DOMAIN, NAME)]
+    assert not any(node.op_type == "Resize" for node in model.graph.node)
+    machine = (str(Path(__file__).parents[1]), str(path.parent), str(Path(timm.__file__).parents[1]), sys.prefix, ".py")
+    assert not [text for text in machine if text.encode() in path.read_bytes()]
+    element = model.graph.input[0].type.tensor_type.elem_type
+    for shape in shapes:
+        image = torch.randn(shape, generator=torch.Generator().manual_seed(7))
+        image = image.half() if element == TensorProto.FLOAT16 else image
+        with torch.no_grad():
+            want = student(image.float())
+        got = run_onnxruntime(model, {"image": image.numpy()})
+        assert got.dtype == image.dtype
+        assert_close(str(shape), want, got.float(), tolerance)
+    return model
+
+
+def line_scans(model: onnx.ModelProto) -> dict[str, int]:
+    """Names of the LineScan nodes and their segments."""
+    nodes = [node for node in model.graph.node if node.domain == DOMAIN]
+    return {node.name: helper.get_node_attr_value(node, "segment") for node in nodes}
+
+
+def test_exported_student(make_student: Callable[..., Gspn2Vit], tmp_path: Path) -> None:
+    student = make_student({"groups": 2, "segment": 3}).train()
+    student.pretrained_cfg["label_names"] = ["ant", "bee", "cat", "dog", "eel"]
+    student.set_grad_checkpointing()
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    path = tmp_path / "student.onnx"
+    result = export_onnx(student, path, metadata={"teacher": "a tiny one"})
+
+    assert student.training
+    assert student.blocks[0].grad_checkpointing
+    assert all(parameter.requires_grad for parameter in student.parameters())
+    assert "_pos_embed" not in vars(student)
+    assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
+
+    model = check_file(path, student.eval(), [(5, 3, 40, 40), (1, 3, 8, 72), (2, 3, 64, 8), (1, 3, 8, 8)], 1e-5)
+    assert line_scans(model) == {"blocks.0.attn/line_scan": 3, "blocks.1.attn/line_scan_1": 3}
+    assert result["line_scans"] == 2
+    assert result["bytes"] == path.stat().st_size
+    assert result["dynamic"] == ["batch", "height", "width"]
+    assert [one["shape"] for one in result["parity"]] == [[1, 3, 32, 48], [3, 3, 32, 48], [2, 3, 32, 64]]
+    assert all(one["relative_rms"] < 1e-5 and one["top1_agreement"] == 1 for one in result["parity"])
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
+    assert json.loads(metadata["label_names"]) == ["ant", "bee", "cat", "dog", "eel"]
+    assert json.loads(metadata["mean"]) == list(student.pretrained_cfg["mean"])
+    assert json.loads(metadata["input_size"]) == [3, 32, 48]
+    assert json.loads(metadata["size_multiple"]) == [8, 8]
+    assert json.loads(metadata["parity"]) == result["parity"]
+    assert metadata["teacher"] == "a tiny one"
+
+    image = torch.randn(2, 3, 24, 56)
+    assert_close("evaluator", student(image).detach(), run_evaluator(model, {"image": image.numpy()}), 1e-5)
+
+
+def test_exported_student_in_fp16(make_student: Callable[..., Gspn2Vit], tmp_path: Path) -> None:
+    student = make_student(reg_tokens=4, no_embed_class=True, qk_norm=True, init_values=0.1)
+    result = export_onnx(student, tmp_path / "student.onnx", dtype="fp16", size=(48, 40))
+    model = check_file(tmp_path / "student.onnx", student, [(5, 3, 40, 40), (1, 3, 32, 48)], 5e-3)
+    assert len(line_scans(model)) == 2
+    assert [one["shape"] for one in result["parity"]] == [[1, 3, 48, 40], [3, 3, 48, 40], [2, 3, 48, 48]]
+    weights = {onnx.TensorProto.DataType.Name(tensor.data_type) for tensor in model.graph.initializer}
+    assert "FLOAT16" in weights
+
+
+def test_exported_features_of_a_hybrid_without_prefix_tokens(
+    make_student: Callable[..., Gspn2Vit], tmp_path: Path
+) -> None:
+    student = make_student(layers=(1,), class_token=False, global_pool="avg", num_classes=0)
+    result = export_onnx(student, tmp_path / "student.onnx")
+    model = check_file(tmp_path / "student.onnx", student, [(5, 3, 40, 40), (1, 3, 8, 72)], 1e-5)
+    assert list(line_scans(model)) == ["blocks.1.attn/line_scan"]
+    assert [output.name for output in model.graph.output] == [result["output"]] == ["features"]
+    assert "top1_agreement" not in result["parity"][0]
+
+
+def test_model_of_one_size_keeps_it(
+    make_student: Callable[..., Gspn2Vit], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A limit that this small model reaches.
+    monkeypatch.setattr(onnx_graph, "_LARGEST_SINGLE_FILE", 1000)
+    student = make_student(depth=1, layers=(0,), dynamic_img_size=False)
+    result = export_onnx(student, tmp_path / "large.onnx")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["large.onnx", "large.onnx.data"]
+    assert result["bytes"] == sum(file.stat().st_size for file in tmp_path.iterdir())
+    assert result["dynamic"] == ["batch"]
+    check_file(tmp_path / "large.onnx", student, [(5, 3, 32, 48)], 1e-5)
+    session = onnxruntime.InferenceSession(tmp_path / "large.onnx", providers=["CPUExecutionProvider"])
+    assert session.get_inputs()[0].shape == ["batch", 3, 32, 48]
+    with pytest.raises(UserError, match="takes 32x48 alone"):
+        export_onnx(student, tmp_path / "other.onnx", size=(48, 48))
+
+
+def test_file_that_computes_something_else_is_not_left(make_student: Callable[..., Gspn2Vit], tmp_path: Path) -> None:
+    student = make_student(depth=1, layers=(0,), dynamic_img_size=False)
+    student.head.weight.data.mul_(1e5)  # beyond the largest fp16 number
+    with pytest.raises(ParityError, match="use --dtype fp32"):
+        export_onnx(student, tmp_path / "student.onnx", dtype="fp16")
+    assert not list(tmp_path.iterdir())
+
+
+def test_full_disk_leaves_nothing(make_student: Callable[..., Gspn2Vit], tmp_path: Path) -> None:
+    student = make_student(depth=1, layers=(0,), dynamic_img_size=False)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+        for export, name in ((export_onnx, "student.onnx"), (export_safetensors, "student.safetensors")):
+            with pytest.raises(UserError, match=f"cannot write .*{name}: File too large"):
+                export(student, tmp_path / name)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("export", [export_onnx, export_safetensors])
+def test_refusals(export: Callable[..., Any], make_student: Callable[..., Gspn2Vit], tmp_path: Path) -> None:
+    student, taken = make_student(), tmp_path / "taken"
+    taken.write_bytes(b"mine")
+    with pytest.raises(UserError, match="taken exists; remove it"):
+        export(student, taken)
+    with pytest.raises(UserError, match="no bf16 convolution on the CPU; use fp32 or fp16"):
+        export(student, tmp_path / "new", dtype="bf16")
+    with pytest.raises(UserError, match="'int8' given, expected one of fp32, fp16"):
+        export(student, tmp_path / "new", dtype="int8")
+    with pytest.raises(UserError, match="no-such-folder does not exist"):
+        export(student, tmp_path / "no-such-folder" / "new")
+    assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"mine"]
+
+
+def test_size_must_fit_the_patch(make_student: Callable[..., Gspn2Vit], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="image size 30x48 is no multiple of the patch 8x8"):
+        export_onnx(make_student(), tmp_path / "student.onnx", size=(30, 48))
+
+
+def test_missing_packages_are_named(
+    make_student: Callable[..., Gspn2Vit], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(UserError, match=r'needs onnxruntime: pip install "gspn2convert\[onnx,ort\]"'):
+        export_onnx(make_student(), tmp_path / "student.onnx")
+
+
+@pytest.mark.parametrize(("dtype", "torch_dtype"), [("fp32", torch.float32), ("fp16", torch.float16)])
+def test_safetensors_hold_the_weights(
+    dtype: str, torch_dtype: torch.dtype, make_student: Callable[..., Gspn2Vit], tmp_path: Path
+) -> None:
+    student, path = make_student(), tmp_path / "student.safetensors"
+    result = export_safetensors(student, path, dtype=dtype)
+    saved, weights = load_file(path), student.state_dict()
+    assert saved.keys() == weights.keys()
+    assert all(torch.equal(saved[name], weights[name].to(torch_dtype)) for name in weights)
+    assert result == {"path": str(path), "bytes": path.stat().st_size, "dtype": dtype, "tensors": len(weights)}

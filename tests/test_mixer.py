@@ -1,0 +1,98 @@
+"""The mixer against its formula, written out with the reference scan."""
+
+import pytest
+import torch
+from timm.layers import Attention, LayerNorm
+from torch import Tensor
+
+from gspn2_kernels import line_scan_ref
+from gspn2_kernels.testing import assert_close
+from gspn2convert.mixer import Gspn2Mixer
+
+DIM, HEADS = 32, 4
+
+
+def make_mixer(*, has_prefix: bool = True, **options: int | bool | str) -> Gspn2Mixer:
+    torch.manual_seed(0)
+    attention = Attention(DIM, HEADS, qkv_bias=True, norm_layer=LayerNorm)
+    mixer = Gspn2Mixer(attention, has_prefix=has_prefix, **{"proxy_dim": 6, **options}).eval()
+    with torch.no_grad():
+        for parameter in mixer.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return mixer
+
+
+def reference(mixer: Gspn2Mixer, x: Tensor, grid: tuple[int, int]) -> Tensor:
+    """The mixer's formula for patches, one direction after the other."""
+    height, width = grid
+    prefix = x.shape[1] - height * width
+    a = x[:, prefix:].reshape(len(x), height, width, DIM)
+    r, g = mixer.proxy_dim, mixer.groups
+    z = a @ mixer.down.weight.T
+    control = mixer.control(z if mixer.from_latent else a)
+    lam, u = (control[..., i * 4 * r : (i + 1) * 4 * r].reshape(*a.shape[:3], 4, r) for i in range(2))
+    logits = control[..., 8 * r :].reshape(*a.shape[:3], 4, g, 3)
+    y = line_scan_ref(z, lam, logits, u, mixer.segment)
+    out = mixer.proj.bias.expand(a.shape)
+    for direction, lines in enumerate((height, height, width, width)):
+        lines = min(mixer.segment, lines) if mixer.segment else lines
+        out = out + y[..., direction, :] @ mixer.proj.weight[:, direction * r : (direction + 1) * r].T / lines
+    if mixer.lpu is not None:
+        out = out + mixer.lpu(a.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    out = out.reshape(len(x), -1, DIM)
+    if mixer.shared is not None:
+        out = out + a.mean((1, 2))[:, None] @ mixer.shared.weight[:, :DIM].T
+        if prefix:
+            out = out + x[:, :1] @ mixer.shared.weight[:, DIM:].T
+    if mixer.prefix is None:
+        return out
+    prefix_out, share = mixer.prefix(x, prefix)
+    return torch.cat([prefix_out, out if share is None else out + share], 1)
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (7, 4), (5, 14)], ids=str)
+@pytest.mark.parametrize(
+    ("prefix", "options"),
+    [
+        (1, {}),
+        (5, {"groups": 3}),
+        (0, {"segment": 3}),
+        (1, {"proxy_dim": 1, "lpu": False, "global_branch": False, "prefix_gate": False}),
+        (2, {"prefix": "pool", "segment": 20}),
+    ],
+    ids=["all parts", "groups", "no prefix, segments", "paper", "pooled prefix"],
+)
+@torch.no_grad()
+def test_mixer_follows_its_formula(prefix: int, options: dict[str, int | bool | str], grid: tuple[int, int]) -> None:
+    mixer = make_mixer(has_prefix=prefix > 0, **options)
+    x = torch.randn(2, prefix + grid[0] * grid[1], DIM) + 0.5
+    assert_close("mixer", reference(mixer, x, grid), mixer(x, grid), 1e-5)
+
+
+def test_a_narrow_proxy_is_controlled_by_the_tokens() -> None:
+    assert make_mixer(proxy_dim=2).from_latent
+    assert not make_mixer(proxy_dim=1).from_latent
+    assert make_mixer(proxy_dim=1).control.in_features == DIM
+
+
+@torch.no_grad()
+def test_a_fresh_mixer_averages_over_diffusing_lines() -> None:
+    attention = Attention(DIM, HEADS)
+    mixer = Gspn2Mixer(attention, has_prefix=False, proxy_dim=6)
+    constant = torch.randn(1, 1, DIM).expand(2, 12, DIM)
+    out = mixer(constant, (3, 4)).unflatten(1, (3, 4))
+    # Of a constant image, a scan over i + 1 of T lines is the constant times (i + 1) / T, in every direction.
+    latent = mixer.down(constant[:, :1])
+    up = mixer.proj.weight.unflatten(1, (4, -1))
+    for i in range(3):
+        for j in range(4):
+            shares = torch.tensor([(i + 1) / 3, (3 - i) / 3, (j + 1) / 4, (4 - j) / 4])
+            expected = torch.einsum("cdr,d,bnr->bc", up, shares, latent) + mixer.proj.bias
+            torch.testing.assert_close(out[:, i, j], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_every_parameter_gets_a_gradient() -> None:
+    mixer = make_mixer()
+    mixer(torch.randn(2, 1 + 12, DIM), (3, 4)).square().sum().backward()
+    silent = [name for name, p in mixer.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert silent == []

@@ -1,0 +1,215 @@
+"""What the two stages compute, against the same quantities put together by hand."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from gspn2convert.model import build_student
+from gspn2convert.recipe import Align, Mixer, Recover, RecoverLosses
+from gspn2convert.stage import AlignStage, RecoverStage, channel_statistics
+
+LOSSES = RecoverLosses(prefix=1.0, patch=0.9, smooth_l1=0.1, mixer=0.5, logits=0.7, temperature=2.0, mixer_until=0.6)
+IMAGES = torch.randn(4, 3, 32, 48, generator=torch.Generator().manual_seed(1))
+ALIGN = Align(steps=4, batch_size=4, weight_decay=0.1)
+RECOVER = Recover(steps=4, batch_size=4, mixer_lr=5e-4, lr=1e-4, final_lr_ratio=0.01, weight_decay=0.02)
+
+
+@pytest.fixture
+def make_pair(make_teacher):
+    """Makes a student whose every weight is off, and its teacher."""
+
+    def make(layers=(0, 1), **changes):
+        teacher = make_teacher(**{"reg_tokens": 2, "init_values": 0.5} | changes)
+        student = build_student(teacher, list(layers), Mixer(proxy_dim=6).resolve(32))
+        generator = torch.Generator().manual_seed(2)
+        for parameter in student.parameters():
+            parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+        return student, teacher
+
+    return make
+
+
+@pytest.fixture
+def pair(make_pair):
+    return make_pair()
+
+
+def make_recover(student, teacher, losses=LOSSES):
+    return RecoverStage(student, teacher, losses, channel_statistics(teacher, [IMAGES]))
+
+
+@torch.no_grad()
+def test_align_is_the_mean_relative_error_behind_layer_scale(pair):
+    student, teacher = pair
+    terms = AlignStage(student, teacher)(IMAGES, 0.0)
+    x, errors = teacher._pos_embed(teacher.patch_embed(IMAGES)), []
+    for theirs, ours in zip(teacher.blocks, student.blocks, strict=True):
+        normed, gamma = theirs.norm1(x), ours.ls1.gamma.double()
+        target = gamma * theirs.attn(normed)[:, 3:].double()
+        output = gamma * ours.attn(normed, (4, 6))[:, 3:].double()
+        errors.append((output - target).square().sum() / (target - target.mean((0, 1))).square().sum())
+        x = theirs(x)
+    for site, error in enumerate(errors):
+        assert terms[f"layer.{site}"].item() == pytest.approx(error.item(), rel=1e-5)
+    assert terms["loss"].item() == pytest.approx((errors[0] + errors[1]).item() / 2, rel=1e-5)
+
+
+@torch.no_grad()
+def test_align_covers_converted_layers_only(make_pair):
+    student, teacher = make_pair(layers=[1])
+    assert sorted(AlignStage(student, teacher)(IMAGES, 0.0)) == ["layer.1", "loss"]
+
+
+def test_align_trains_mixers_except_what_they_inherited(pair):
+    student, teacher = pair
+    stage = AlignStage(student, teacher)
+    stage(IMAGES, 0.0)["loss"].backward()
+    trained = {name for name, p in student.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    own = ("down.weight", "control.weight", "control.bias", "lpu.weight", "shared.weight", "proj.weight", "proj.bias")
+    own += ("prefix.log_sum.weight", "prefix.log_sum.bias")
+    assert trained == {f"blocks.{site}.attn.{name}" for site in (0, 1) for name in own}
+    assert trained == {name for name, p in student.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("make", [AlignStage, make_recover])
+def test_the_teacher_is_no_part_of_the_stage(pair, make):
+    student, teacher = pair
+    stage = make(student, teacher)
+    theirs = {id(p) for p in teacher.parameters()}
+    assert not theirs & {id(p) for p in stage.parameters()}
+    assert teacher not in set(stage.modules())
+    assert not any("teacher" in name for name in stage.state_dict())
+    stage(IMAGES, 0.0)["loss"].backward()
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+@torch.no_grad()
+def test_recover_terms_by_hand(pair):
+    student, teacher = pair
+    stage = make_recover(student, teacher)
+    terms = stage(IMAGES, 0.3)
+    ours, theirs = student.forward_features(IMAGES).double(), teacher.forward_features(IMAGES).double()
+    cosine = 1 - F.cosine_similarity(ours, theirs, dim=-1)
+    patches = theirs[:, 3:]
+    std, mean = torch.std_mean(patches.flatten(0, 1), 0, correction=0)
+    expected = {
+        "prefix": cosine[:, :3].mean(),
+        "patch": cosine[:, 3:].mean(),
+        "smooth_l1": F.smooth_l1_loss((ours[:, 3:] - mean) / std, (patches - mean) / std),
+        "logits": 4
+        * F.kl_div(
+            F.log_softmax(student(IMAGES).double() / 2, -1),
+            F.softmax(teacher(IMAGES).double() / 2, -1),
+            reduction="batchmean",
+        ),
+        "mixer": by_hand_mixer_term(student, teacher),
+    }
+    for name, value in expected.items():
+        assert terms[name].item() == pytest.approx(value.item(), rel=1e-4, abs=1e-7), name
+    weights = {"prefix": 1.0, "patch": 0.9, "smooth_l1": 0.1, "logits": 0.7, "mixer": 0.25}
+    total = sum(weights[name] * expected[name].item() for name in weights)
+    assert terms["loss"].item() == pytest.approx(total, rel=1e-4)
+
+
+def by_hand_mixer_term(student, teacher):
+    """Mean over layers of the LayerNorm'd difference, each model on its own stream; all tokens."""
+    x = teacher._pos_embed(teacher.patch_embed(IMAGES))
+    y, values = student._pos_embed(student.patch_embed(IMAGES)), []
+    for theirs, ours in zip(teacher.blocks, student.blocks, strict=True):
+        target = theirs.attn(theirs.norm1(x))
+        mixed = ours.attn(ours.norm1(y), (4, 6))
+        values.append(F.mse_loss(F.layer_norm(mixed, (32,)), F.layer_norm(target, (32,))))
+        x = theirs(x)
+        y = y + ours.ls1(mixed)
+        y = y + ours.ls2(ours.mlp(ours.norm2(y)))
+    return torch.stack(values).mean()
+
+
+def test_mixer_term_fades_linearly_and_is_left_out_then(pair):
+    stage = make_recover(*pair)
+    weights = [stage.weights(progress).get("mixer") for progress in (0.0, 0.15, 0.3, 0.59, 0.6, 1.0)]
+    assert weights == [pytest.approx(w) if w else None for w in (0.5, 0.375, 0.25, 0.5 / 60, None, None)]
+    terms = stage(IMAGES, 0.6)
+    assert "mixer" not in terms
+    terms["loss"].backward()
+    assert all(p.grad is None for p in stage.adapters.parameters())
+    assert all(p.grad is not None for p in stage.student.parameters())
+    stage(IMAGES, 0.5)["loss"].backward()
+    assert all(p.grad.abs().sum() > 0 for p in stage.adapters.parameters())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "absent"),
+    [
+        ({"class_token": False, "reg_tokens": 0, "global_pool": "avg"}, "prefix"),
+        ({"num_classes": 0}, "logits"),
+        ({"num_classes": 0, "global_pool": "avg", "init_values": None}, "logits"),
+    ],
+)
+def test_terms_that_do_not_apply_are_left_out(make_pair, arguments, absent):
+    student, teacher = make_pair(**arguments)
+    terms = make_recover(student, teacher)(IMAGES, 0.0)
+    assert set(terms) == {"loss", "prefix", "patch", "smooth_l1", "logits", "mixer"} - {absent}
+    terms["loss"].backward()
+    assert set(AlignStage(student, teacher)(IMAGES, 0.0)) == {"loss", "layer.0", "layer.1"}
+
+
+def test_losses_of_weight_zero_cost_nothing(pair):
+    student, teacher = pair
+    stage = make_recover(student, teacher, RecoverLosses(mixer=0.0, logits=0.0))
+    assert not list(stage.adapters.parameters())
+    assert set(stage(IMAGES, 0.0)) == {"loss", "prefix", "patch", "smooth_l1"}
+
+
+def test_recover_groups(make_pair):
+    student, teacher = make_pair(layers=[1])
+    stage = make_recover(student, teacher)
+    names = {id(p): name for name, p in stage.named_parameters()}
+    rates = {
+        names[id(p)]: (g["peak"], g["final"], g["weight_decay"]) for g in stage.groups(RECOVER) for p in g["params"]
+    }
+    assert set(rates) == set(names.values())
+    for name, (peak, final, decay) in rates.items():
+        parameter = stage.get_parameter(name)
+        inherited = name.startswith("student.") and ".attn." not in name or ".prefix.qkv." in name
+        inherited |= ".prefix.proj." in name or "blocks.0." in name
+        assert peak == (1e-4 if inherited else 5e-4), name
+        assert final == pytest.approx(0.01 * peak)
+        token = name in {"student.pos_embed", "student.cls_token", "student.reg_token"}
+        assert decay == (0.0 if parameter.ndim < 2 or token else 0.02), name
+
+
+def test_align_groups(pair):
+    stage = AlignStage(*pair)
+    decays = {g["weight_decay"]: {p.ndim for p in g["params"]} for g in stage.groups(ALIGN)}
+    assert decays == {0.1: {2, 4}, 0.0: {1}}
+    assert {(g["lr"], g["peak"], g["final"]) for g in stage.groups(ALIGN)} == {(2e-3, 2e-3, 1e-5)}
+
+
+def test_channel_statistics_over_several_batches(pair):
+    _, teacher = pair
+    mean, std = channel_statistics(teacher, [IMAGES[:1], IMAGES[1:]])
+    with torch.no_grad():
+        patches = teacher.forward_features(IMAGES)[:, 3:].flatten(0, 1).double()
+    expected_std, expected_mean = torch.std_mean(patches, 0, correction=0)
+    torch.testing.assert_close(mean.double(), expected_mean, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(std.double(), expected_std, rtol=1e-5, atol=1e-6)
+
+
+def test_a_channel_that_never_varies_does_not_divide_by_zero(pair):
+    student, teacher = pair
+    with torch.no_grad():
+        teacher.norm.weight[5] = 0
+        mean, std = channel_statistics(teacher, [IMAGES])
+        assert std[5].item() == pytest.approx(torch.cat([std[:5], std[6:]]).sum().item() / 32, rel=1e-4)
+        terms = RecoverStage(student, teacher, LOSSES, (mean, std))(IMAGES, 0.0)
+    assert torch.isfinite(terms["smooth_l1"])
+
+
+def test_stages_run_the_student_without_dropout(pair):
+    student, teacher = pair
+    student.blocks[0].mlp.drop1.p = student.blocks[1].mlp.drop2.p = 0.5
+    stage = make_recover(student.train(), teacher)
+    with torch.no_grad():
+        first, second = stage(IMAGES, 0.0), stage(IMAGES, 0.0)
+    assert torch.equal(first["loss"], second["loss"])
