@@ -15,6 +15,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.layers import Attention
 from timm.models import model_entrypoint, register_model, resolve_pretrained_cfg
 from timm.models._features import FeatureGetterNet
 from timm.models.deit import VisionTransformerDistilled
@@ -65,6 +66,7 @@ class GspnBlock(Block):
 
     def __init__(self, *, mixer: dict[str, Any], **arguments: Any) -> None:
         super().__init__(**arguments)
+        assert isinstance(self.attn, Attention)
         self.attn: nn.Module = Gspn2Mixer(self.attn, **mixer)
 
     def init_weights(self) -> None:

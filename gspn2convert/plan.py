@@ -9,7 +9,7 @@ from timm.models import VisionTransformer
 
 from gspn2convert.cost import Cost, cost, training_bytes
 from gspn2convert.model import build_student
-from gspn2convert.recipe import Recipe, parse_keep
+from gspn2convert.recipe import Align, Recipe, Recover, parse_keep
 from gspn2convert.teachers import load_teacher
 
 FLOAT32, FLOAT64 = 4, 8
@@ -44,7 +44,7 @@ def plan(
     student = build_student(vit, layers, recipe.mixer.resolve(vit.embed_dim))
     height, width = vit.patch_embed.img_size
     before, after = cost(vit, height, width), cost(student, height, width)
-    trained = {1: ("align", recipe.align), 2: ("recover", recipe.recover)}
+    trained: dict[int, tuple[str, Align | Recover]] = {1: ("align", recipe.align), 2: ("recover", recipe.recover)}
     per_image = training_bytes(student, height, width)
     return {
         "teacher": teacher,

@@ -74,7 +74,7 @@ def test_ridge_is_the_damage_of_multiplicative_noise() -> None:
         for signs in torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * 3)
     ]
     expected = torch.linalg.lstsq(torch.cat(noisy), y.repeat(8, 1)).solution
-    assert_close("coefficients", expected, ours, 1e-8)
+    assert_close("coefficients", expected, ours, 1e-7)
 
 
 def test_local_moments_fit_a_depthwise_filter() -> None:
@@ -97,9 +97,9 @@ def test_proxy_projection_finds_the_latent_directions() -> None:
 @pytest.mark.parametrize(
     ("prefix", "options", "limit"),
     [
-        (0, {"lpu": False, "global_branch": False}, 1e-9),
-        (2, {"lpu": False, "prefix_gate": False}, 1e-9),
-        (1, {"lpu": False, "segment": 3}, 1e-9),
+        (0, {"lpu": False, "global_branch": False}, 1e-8),
+        (2, {"lpu": False, "prefix_gate": False}, 1e-8),
+        (1, {"lpu": False, "segment": 3}, 1e-8),
         (1, {}, 1e-2),  # scan and LPU alternate, and close in on each other slowly
     ],
     ids=["scan", "scan and global", "segments and gate", "all parts"],
