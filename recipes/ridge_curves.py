@@ -11,20 +11,20 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from gspn2convert.distill import Options, distill
 from gspn2convert.environment import environment, pick_device
 from gspn2convert.recipe import load_recipe
 
-STARTS = {"random": None, "svd": None, "closed form, ridge 0": 0.0, "ridge 0.01": 0.01, "ridge 0.05": 0.05}
+METHODS: dict[str, Literal["random", "svd"]] = {"random": "random", "weight SVD": "svd"}
+STARTS = {**dict.fromkeys(METHODS), "ridge 0": 0.0, "ridge 0.01": 0.01, "ridge 0.05": 0.05}
 
 
 def run(name: str, ridge: float | None, seed: int, device: str) -> dict[str, Any]:
     """Convert the demo's teacher from one start; returns what was measured on the way."""
     recipe = load_recipe("demo")
-    method = name if ridge is None else "closed_form"
-    fit = replace(recipe.fit, method=method, ridge=recipe.fit.ridge if ridge is None else ridge)
+    fit = replace(recipe.fit, ridge=ridge) if ridge is not None else replace(recipe.fit, method=METHODS[name])
     recipe = replace(recipe, fit=fit, seed=seed, eval_every=10)
     with tempfile.TemporaryDirectory() as folder:
         options = Options(output=Path(folder) / "student", device=device, quiet=True)
