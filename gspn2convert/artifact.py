@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,6 +18,8 @@ from gspn2convert.errors import UserError
 from gspn2convert.model import Gspn2Vit, GspnBlock
 from gspn2convert.vit import GSPN2_VIT, current_arguments, public_cfg
 from gspn2convert.weights import WEIGHTS_FILE, check_match, folder_weights, read_shapes
+
+_PART = re.compile(r"\..+\.part")  # name of a file on its way
 
 _CARD = """---
 library_name: timm
@@ -57,7 +60,8 @@ def save_student(
         UserError: the folder cannot be written, or the disk is full.
     """
     folder = Path(folder)
-    teacher = Path(teacher).name if Path(teacher).is_absolute() else teacher
+    path = Path(teacher.removeprefix("local-dir:"))
+    teacher = path.name if path.is_absolute() else teacher
     config = _config(student, teacher)
     tensors = {name: value.detach().cpu().contiguous() for name, value in student.state_dict().items()}
     try:
@@ -154,8 +158,13 @@ def check_output_folder(path: str | Path, resume: bool) -> None:
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise UserError(f"the output {path} is a file; name a folder that does not exist yet")
-    if not resume and path.is_dir() and any(path.iterdir()):
+    if not resume and holds_files(path):
         raise UserError(f"the output folder {path} is not empty; name another, or go on with a stopped run by --resume")
+
+
+def holds_files(folder: Path) -> bool:
+    """Whether there is a folder with anything in it but what a write that was killed has left."""
+    return folder.is_dir() and any(not _PART.fullmatch(entry.name) for entry in folder.iterdir())
 
 
 def write_atomic(path: str | Path, data: bytes) -> None:

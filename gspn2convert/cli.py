@@ -42,6 +42,8 @@ def explain(error: BaseException) -> tuple[int, str]:
         return WRONG_USE, f"{error.format_message().rstrip('.')} (see {command} -h)"
     if isinstance(error, UserError):
         return WRONG_USE, str(error)
+    if isinstance(error, click.ClickException):
+        return FAILED, error.format_message()
     if isinstance(error, Interrupted):
         return FAILED, f"{error} (the same command with --resume)"
     if isinstance(error, click.Abort):

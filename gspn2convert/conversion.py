@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from timm.data import resolve_model_data_config
 from timm.models import VisionTransformer
 from torch import Tensor
 
@@ -26,6 +25,7 @@ from gspn2convert.progress import Progress
 from gspn2convert.recipe import Align, Recipe, Recover
 from gspn2convert.stage import AlignStage, Objective, RecoverStage, channel_statistics
 from gspn2convert.train import train_stage
+from gspn2convert.vit import data_config
 
 MakeObjective = Callable[[Gspn2Vit, VisionTransformer], Objective]
 
@@ -80,7 +80,7 @@ class Conversion:
     ) -> None:
         self.teacher, self.recipe, self.images, self.test = teacher, recipe, images, test
         self.options, self.accelerator, self.store, self.progress = options, accelerator, store, progress
-        self.data_config = resolve_model_data_config(teacher)
+        self.data_config = data_config(teacher)
         self.train, self.unseen = split_held_out(len(images), recipe.held_out, recipe.seed)
         self.held_out = HeldOut(teacher, self._plain(self.unseen))
         self.labelled = class_of_label(teacher, test.label_names) is not None
@@ -104,9 +104,9 @@ class Conversion:
         """Everything measured, for metrics.json."""
         layers = self.store.notes["layers"]
         return {
-            "teacher": teacher_name,
+            "teacher": _public(teacher_name),
             "recipe": self.recipe.name,
-            "data": self.images.name,
+            "data": _public(self.images.name),
             "seed": self.recipe.seed,
             "stages_run": list(self.options.stages),
             "kept_layers": list(keep),
@@ -135,10 +135,8 @@ class Conversion:
                 if stop.made:
                     raise Interrupted("fit", done, layers)
 
-            # Spread over the set, which a folder sorts by class.
-            chosen = self.train[:: max(1, len(self.train) // fit.images)][: fit.images]
-            calibration = self._plain(chosen, fit.batch_size)
-            held_out = self._plain(self.unseen[: fit.held_out], fit.batch_size)
+            calibration = self._plain(_spread(self.train, fit.images), fit.batch_size)
+            held_out = self._plain(_spread(self.unseen, fit.held_out), fit.batch_size)
             student, reports = convert(self.teacher, recipe, calibration, held_out, keep, on_layer=layer_done)
         self.store.notes |= {"layers": [asdict(report) for report in reports], "scores": {}}
         self.store.seconds_spent["fit"] = time.monotonic() - began
@@ -211,3 +209,14 @@ class Conversion:
             world=self.accelerator.num_processes,
             workers=self.options.workers,
         )
+
+
+def _public(name: str) -> str:
+    """A name for files that travel: the last part of a path says enough, and nothing of the machine."""
+    return Path(name).name if Path(name).is_absolute() else name
+
+
+def _spread(indices: Sequence[int], count: int) -> list[int]:
+    """At most `count` of the indices, from all over the set, which a folder sorts by class."""
+    count = min(count, len(indices))
+    return [indices[i * len(indices) // count] for i in range(count)]

@@ -86,7 +86,7 @@ def convert(
             mixer = student.get_submodule(f"blocks.{index}.attn")
             assert isinstance(mixer, Gspn2Mixer)
             reports.append(_fit_layer(index, mixer, block, hidden, unseen, grid, recipe))
-            logger.info("layer %d: %s, held-out error %.3f", index, reports[-1].method, reports[-1].error)
+            logger.debug("layer %d: %s, held-out error %.3f", index, reports[-1].method, reports[-1].error)
             if on_layer is not None:
                 on_layer(reports[-1], len(reports))
         for tokens in (hidden, unseen):

@@ -10,7 +10,7 @@ from typing import Any
 
 from timm.models import VisionTransformer
 
-from gspn2convert.artifact import check_output_folder, save_student
+from gspn2convert.artifact import check_output_folder, holds_files, save_student
 from gspn2convert.checkpoint import CheckpointStore
 from gspn2convert.conversion import Conversion, Options
 from gspn2convert.data import ImageSet, open_images
@@ -87,6 +87,7 @@ def distill_student(
     """
     if len(keep) == len(teacher.blocks):
         raise UserError("every block keeps attention, so there is nothing to convert; keep fewer with --keep")
+    check_output_folder(options.output, options.resume)
     accelerator = make_accelerator(options.device, options.precision)
     store = CheckpointStore(
         options.output,
@@ -101,10 +102,8 @@ def distill_student(
         },
         main=accelerator.is_main_process,
     )
-    if options.resume and not store.load() and (options.output / "config.json").exists():
-        logger.warning("%s is finished already, nothing to resume", options.output)
-        metrics: dict[str, Any] = json.loads((options.output / "metrics.json").read_text())
-        return metrics
+    if options.resume and not store.load() and holds_files(options.output):
+        return _finished(options.output)
     with Progress(quiet=options.quiet or not accelerator.is_main_process) as progress:
         run = Conversion(teacher.to(accelerator.device), recipe, images, test, options, accelerator, store, progress)
         student = run.stages(keep)
@@ -113,4 +112,13 @@ def distill_student(
         save_student(student, options.output, recipe_text=dump_recipe(recipe), metrics=metrics, teacher=teacher_name)
         store.path.unlink(missing_ok=True)
     accelerator.end_training()
+    return metrics
+
+
+def _finished(folder: Path) -> dict[str, Any]:
+    """The metrics of a run that has ended; a folder of something else must not be written to."""
+    if not all((folder / name).is_file() for name in ("config.json", "metrics.json", "recipe.yaml")):
+        raise UserError(f"{folder} holds files, but no run to resume; name the folder of the run, or a new one")
+    logger.warning("%s is finished already, nothing to resume", folder)
+    metrics: dict[str, Any] = json.loads((folder / "metrics.json").read_text())
     return metrics

@@ -9,14 +9,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from timm.data import resolve_model_data_config
 from timm.models import VisionTransformer
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
 from gspn2convert.data import ImageSet, batches
 from gspn2convert.errors import UserError
-from gspn2convert.vit import final_tokens, has_head, num_prefix
+from gspn2convert.vit import data_config, final_tokens, has_head, num_prefix
 
 NEIGHBOURS = 20
 # Temperature of the vote in the usual k-NN protocol for self-supervised ViTs (Wu et al., CVPR 2018).
@@ -108,11 +107,10 @@ class _Run:
         """Yield the final tokens of each model, (B, N, C), and the labels, (B,)."""
         for model in self.models.values():
             model.to(self.device).eval()
-        data_config = resolve_model_data_config(self.models["student"])
         indices = range(len(images))
         for pixels, labels in batches(
             images,
-            data_config,
+            data_config(self.models["student"]),
             indices=indices,
             batch_size=self.batch_size,
             augment=None,

@@ -83,6 +83,8 @@ class Gspn2Mixer(nn.Module):
         for branch in (self.lpu, self.shared):
             if branch is not None:
                 nn.init.zeros_(branch.weight)
+        if self.prefix is not None:
+            self.prefix.reset_parameters()
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """Mix tokens.

@@ -41,6 +41,11 @@ class PrefixRead(nn.Module):
         self.log_sum: nn.Linear | None = None
         if gate:
             self.log_sum = nn.Linear(weight.shape[1], self.num_heads, device=weight.device, dtype=weight.dtype)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Silence what is not inherited: without a fit, the gate weighs a prefix token as if the patches scored 0."""
+        if self.log_sum is not None:
             nn.init.zeros_(self.log_sum.weight)
             nn.init.zeros_(self.log_sum.bias)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.data import resolve_model_data_config
 from timm.layers import Attention, PatchEmbed
 from timm.models import PretrainedCfg, model_entrypoint
 from timm.models.deit import VisionTransformerDistilled
@@ -110,6 +111,15 @@ def embed(vit: VisionTransformer, images: Tensor) -> Tensor:
 def final_tokens(vit: VisionTransformer, images: Tensor) -> Tensor:
     """Normalised tokens (B, N, C) after the last block, of images (B, channels, height, width)."""
     return vit.forward_features(images)
+
+
+def data_config(vit: VisionTransformer) -> dict[str, Any]:
+    """How timm makes images ready for a model, at the size that the model has now.
+
+    Its pretrained_cfg may still name the size of the published weights.
+    """
+    config: dict[str, Any] = resolve_model_data_config(vit)
+    return config | {"input_size": (vit.patch_embed.proj.in_channels, *vit.patch_embed.img_size)}
 
 
 def grid_size(vit: VisionTransformer, height: int, width: int) -> tuple[int, int]:

@@ -25,7 +25,9 @@ def make_teacher() -> MakeTeacher:
         size = dict(depth=2, embed_dim=32, num_heads=2, img_size=(32, 48), patch_size=8, num_classes=5)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            teacher = timm.create_model(architecture, **size | {"dynamic_img_size": True} | changes)
+            arguments = size | {"dynamic_img_size": True} | changes
+            teacher = timm.create_model(architecture, **arguments)
+            vars(teacher).setdefault("_model_args", arguments)  # timm records them since 1.0.31
             for parameter in teacher.parameters():
                 # As built, biases are 0 and scales 1 or 1e-5: a mistake in carrying them over would not show.
                 parameter.data.add_(0.1 * torch.randn_like(parameter))

@@ -77,7 +77,9 @@ def test_what_a_folder_holds(student, tmp_path):
     model = student("hybrid")
     model.pretrained_cfg |= {"label_names": list("abcde"), "file": str(tmp_path), "hf_hub_id": "me/mine"}
     metrics = {"top1": 0.912345, "steps": 3, "layers": [{"error": 0.2}]}
-    folder = save(model, tmp_path / "out", metrics=metrics, teacher=str(tmp_path / "my_vit"), recipe_text="name: x\n")
+    folder = save(
+        model, tmp_path / "out", metrics=metrics, teacher=f"local-dir:{tmp_path}/my_vit", recipe_text="name: x\n"
+    )
     names = {"config.json", "model.safetensors", "recipe.yaml", "metrics.json", "README.md"}
     assert {file.name for file in folder.iterdir()} == names
     assert not [file for file in folder.iterdir() if str(tmp_path).encode() in file.read_bytes()]
@@ -116,7 +118,7 @@ def test_another_number_of_classes(student, tmp_path):
 
 @pytest.mark.parametrize("case", ["plain", "one size"])
 def test_another_image_size(student, tmp_path, case):
-    model = student(case)
+    model = student(case, img_size=32)  # timm before 1.0.31 resamples square grids alone
     other = load(save(model, tmp_path / "out"), img_size=(48, 40))
     model.set_input_size((48, 40))
     torch.testing.assert_close(other(images(48, 40)), model(images(48, 40)))

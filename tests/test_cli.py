@@ -20,6 +20,7 @@ from timm.models import save_for_hf
 
 from gspn2convert.cli import explain, main
 from gspn2convert.interrupt import Interrupted
+from gspn2convert.recipe import parse_recipe
 
 COMMANDS = ("bench", "demo", "describe", "distill", "doctor", "evaluate", "export", "recipes")
 PROGRAM = (sys.executable, "-m", "gspn2convert")
@@ -191,6 +192,25 @@ def test_bench_gives_its_verdict(run):
     assert "Verdict: the student is " in shown
 
 
+def test_demo_goes_the_whole_way(monkeypatch, tmp_path):
+    # The demo's own recipe takes minutes; the way is the same with one block converted in a few steps.
+    short = parse_recipe(f"{RECIPE}keep: last:5\n", "test")
+    monkeypatch.setattr("gspn2convert.recipe.load_recipe", {"demo": short}.__getitem__)
+    result = CliRunner().invoke(main, ["demo", "--output", str(tmp_path / "out"), "--device", "cpu"])
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "out" / "demo.json").read_text())
+    assert [stage["stage"] for stage in found["stages"]] == ["fit", "align", "recover"]
+    assert found["student"]["top1"] == pytest.approx(found["stages"][-1]["top1"])
+    assert found["onnx"]["top1"] == pytest.approx(found["student"]["top1"], abs=0.002)
+    assert found["onnx"]["max_abs"] < 1e-3
+    assert found["teacher"]["top1"] > 0.91
+    assert {"device", "torch", "commit", "date"} <= found["environment"].keys()
+    assert f"{100 * found['teacher']['top1']:.2f} %  {100 * found['student']['top1']:.2f} %" in result.stdout
+    again = CliRunner().invoke(main, ["demo", "--output", str(tmp_path / "out")])
+    assert again.exit_code == 2
+    assert "is not empty" in the_error(again)
+
+
 def test_doctor_reports():
     result = CliRunner().invoke(main, ["doctor", "--json"])
     found = json.loads(result.stdout)
@@ -315,6 +335,7 @@ def test_cuda_that_is_not_there_is_wrong_use(run):
         (OSError(errno.ENOSPC, "No space left on device", "out/model.safetensors"), 2, "disk full at out/model"),
         (Interrupted("align", 3, 9), 1, "after 3 of 9; resume to go on (the same command with --resume)"),
         (click.Abort(), 1, "interrupted"),
+        (click.ClickException("plain words"), 1, "plain words"),
         (RuntimeError("two\nlines"), 1, "RuntimeError: two\nlines (internal; --debug shows the traceback)"),
     ],
 )

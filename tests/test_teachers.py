@@ -2,6 +2,8 @@ import json
 import logging
 import math
 import shutil
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -175,12 +177,43 @@ def test_no_network_and_no_cache(offline):
         assert "hf download " in message
 
 
-def test_a_repository_without_safetensors(offline):
-    fill(offline, "timm/test_vit.r160_in1k")
-    missing = offline / "models--timm--test_vit.r160_in1k" / ".no_exist" / ("0" * 40)
-    missing.mkdir(parents=True)
-    (missing / "model.safetensors").touch()  # how the client notes that the repository has no such file
-    assert "--teacher-weights FILE" in refusal(NAME)
+class Hub(BaseHTTPRequestHandler):
+    """Answers like the Hugging Face hub: test_vit has no such file, nobody/nothing is none, the rest breaks off."""
+
+    def do_HEAD(self):  # noqa: N802  the server's name for it
+        missing = {"/timm/": "EntryNotFound", "/nobody/": "RepoNotFound"}
+        code = next((code for prefix, code in missing.items() if self.path.startswith(prefix)), None)
+        self.send_response(404 if code else 200)
+        if code:
+            self.send_header("X-Error-Code", code)
+        self.send_header("X-Repo-Commit", "0" * 40)
+        self.send_header("ETag", '"abc"')
+        self.send_header("Content-Length", "0" if code else "1000")
+        self.end_headers()
+
+    def do_GET(self):  # noqa: N802
+        self.send_response(200)
+        self.send_header("Content-Length", "10")
+        self.end_headers()
+        self.wfile.write(bytes(10))
+
+    def log_message(self, *arguments):
+        pass
+
+
+def test_what_a_hub_may_answer(offline, monkeypatch):
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
+        template = address + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        message = refusal(NAME)
+        assert "timm/test_vit.r160_in1k on the hub has no model.safetensors, and pickles are never loaded" in message
+        assert "nobody/nothing is not on the hub, or asks for a login" in refusal("hf-hub:nobody/nothing@main")
+        assert "cannot download config.json of me/mine (OSError); give" in refusal("hf-hub:me/mine")
+        server.shutdown()
 
 
 def test_names_without_published_weights():

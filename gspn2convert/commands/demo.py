@@ -12,6 +12,7 @@ import click
 from gspn2convert.commands import options
 from gspn2convert.commands.report import Document, ReportCommand, percent, plain, show_table, wants_json
 from gspn2convert.errors import UserError
+from gspn2convert.interrupt import Interrupted
 
 if TYPE_CHECKING:
     import torch
@@ -58,7 +59,12 @@ def command(output: Path, device: str) -> dict[str, Any]:
     from gspn2convert.recipe import load_recipe
 
     where, seconds, start = pick_device(device), {}, time.perf_counter()
-    metrics = distill(_DEMO, load_recipe(_DEMO), _DEMO, Options(output=output, device=device, quiet=wants_json()))
+    try:
+        metrics = distill(_DEMO, load_recipe(_DEMO), _DEMO, Options(output=output, device=device, quiet=wants_json()))
+    except Interrupted as stop:
+        raise click.ClickException(
+            f"the demo was {stop.args[0].partition(';')[0]}; remove {output} and start again"
+        ) from stop
     seconds["distill"] = time.perf_counter() - start
     document = {
         "output": str(output),

@@ -1,6 +1,6 @@
 """Time the line scan: every backend of a device against the reference, forward and forward + backward.
 
-    python kernels/benchmarks/line_scan.py --device cpu --threads 2 --output kernels/benchmarks/results/cpu.json
+    python kernels/benchmarks/line_scan.py --device cpu --threads 1 --output kernels/benchmarks/results/cpu.json
 
 A backend is timed on a shape only after its result and gradients on that shape's first image agree with the fp64
 reference. Caches are warm, as in a network that has just written the inputs.
