@@ -90,7 +90,8 @@ def convert(
             if on_layer is not None:
                 on_layer(reports[-1], len(reports))
         for tokens in (hidden, unseen):
-            tokens[:] = [block(x) for x in tokens]
+            for i, x in enumerate(tokens):
+                tokens[i] = block(x)  # one by one, so that all are held once
     return student, reports
 
 

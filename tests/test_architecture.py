@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "gspn2convert"
 TOOLKIT = sorted(PACKAGE.rglob("*.py"))
 KERNELS = sorted((ROOT / "kernels").rglob("*.py"))
-SOURCES = [*TOOLKIT, *KERNELS, *sorted((ROOT / "recipes").glob("*.py"))]
+SOURCES = [*TOOLKIT, *KERNELS, *sorted((ROOT / "recipes" / "scripts").glob("*.py"))]
 
 # Each layer may import itself and those below it.
 LAYERS = (

@@ -1,6 +1,7 @@
 """The command line as its users meet it: output, exit codes, one-line errors, JSON that parses."""
 
 import errno
+import importlib
 import json
 import os
 import signal
@@ -209,6 +210,16 @@ def test_demo_goes_the_whole_way(monkeypatch, tmp_path):
     again = CliRunner().invoke(main, ["demo", "--output", str(tmp_path / "out")])
     assert again.exit_code == 2
     assert "is not empty" in the_error(again)
+
+
+def test_a_stopped_demo_says_how_to_start_again(monkeypatch, tmp_path):
+    def stopped(*given, **more):
+        raise Interrupted("align", 3, 60)
+
+    monkeypatch.setattr(importlib.import_module("gspn2convert.distill"), "distill", stopped)
+    result = CliRunner().invoke(main, ["demo", "--output", str(tmp_path)])
+    assert result.exit_code == 1
+    assert the_error(result) == f"error: the demo was stopped in stage align; remove {tmp_path} to start again"
 
 
 def test_doctor_reports():

@@ -470,7 +470,7 @@ def test_script_draws_balanced_data_from_the_source(tmp_path: Path) -> None:
         for kind, array in (("images-idx3", pixels), ("labels-idx1", np.arange(len(pixels), dtype=np.uint8) % 10)):
             header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">i4").tobytes()
             (tmp_path / f"{split}-{kind}-ubyte.gz").write_bytes(gzip.compress(header + array.tobytes()))
-    script = Path(__file__).parents[1] / "recipes" / "make_demo_data.py"
+    script = Path(__file__).parents[1] / "recipes" / "scripts" / "make_demo_data.py"
     options = ["--data", tmp_path, "--output", tmp_path / "made.npz", "--train", "20", "--test", "10"]
     subprocess.run([sys.executable, script, *options], check=True)
     with np.load(tmp_path / "made.npz", allow_pickle=False) as made:

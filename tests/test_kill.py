@@ -136,7 +136,6 @@ def test_killed_at_random_moments(tmp_path, attempts, undisturbed):
             shutil.rmtree(folder)
             runs += 1
     assert len(kills) == KILLS
-    print(seconds, runs, *kills, sep='\n')
 
 
 def test_killed_in_every_write(tmp_path, attempts, undisturbed):

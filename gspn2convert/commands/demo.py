@@ -63,7 +63,7 @@ def command(output: Path, device: str) -> dict[str, Any]:
         metrics = distill(_DEMO, load_recipe(_DEMO), _DEMO, Options(output=output, device=device, quiet=wants_json()))
     except Interrupted as stop:
         raise click.ClickException(
-            f"the demo was {stop.args[0].partition(';')[0]}; remove {output} and start again"
+            f"the demo was stopped in stage {stop.stage}; remove {output} to start again"
         ) from stop
     seconds["distill"] = time.perf_counter() - start
     document = {
@@ -102,7 +102,7 @@ def _use(folder: Path, device: torch.device, seconds: dict[str, float]) -> dict[
     figures = evaluate(student, teacher, images, batch_size=_BATCH, device=device)
     seconds["evaluate"] = time.perf_counter() - start
     start = time.perf_counter()
-    exported = export_onnx(student.cpu(), folder / "model.onnx", metadata={"teacher": _DEMO})
+    exported = export_onnx(student.cpu(), folder / "model.onnx", metadata={"teacher": _DEMO, "recipe": _DEMO})
     seconds["export"] = time.perf_counter() - start
     start = time.perf_counter()
     ran = _run_onnx(folder / "model.onnx", student, images)

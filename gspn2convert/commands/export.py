@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gspn2convert.commands import options
-from gspn2convert.commands.models import teacher_name
+from gspn2convert.commands.models import metrics_of, teacher_name
 from gspn2convert.commands.report import Document, ReportCommand, show_table
 
 if TYPE_CHECKING:
@@ -49,7 +49,8 @@ def command(folder: Path, kind: str, output: Path | None, dtype: str, size: opti
     path = output or folder / default_name(kind, dtype)
     if kind == "safetensors":
         return export_safetensors(student, path, dtype=dtype)
-    return export_onnx(student, path, dtype=dtype, size=size, metadata={"teacher": teacher_name(folder)})
+    source = {"teacher": teacher_name(folder), "recipe": str(metrics_of(folder).get("recipe", ""))}
+    return export_onnx(student, path, dtype=dtype, size=size, metadata=source)
 
 
 def default_name(kind: str, dtype: str) -> str:

@@ -1,7 +1,7 @@
 """Make the bundled demo data: a class-balanced part of Fashion-MNIST.
 
 The source is the four .gz files that Debian's package `dataset-fashion-mnist` installs.
-Run from the repository's root: python recipes/make_demo_data.py
+Run from the repository's root: python recipes/scripts/make_demo_data.py
 """
 
 import argparse

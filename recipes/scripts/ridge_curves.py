@@ -1,7 +1,7 @@
 """How the ridge of the closed-form fit decides where training ends: the demo, once for each ridge and seed.
 
 An unridged fit starts nearest to the attention and then trains worse than one with a ridge of 1 to 5 %.
-Run from the repository's root: python recipes/ridge_curves.py --output recipes/results/ridge_curves.json
+Run from the repository's root: python recipes/scripts/ridge_curves.py --output recipes/results/ridge_curves.json
 """
 
 import argparse

@@ -2,7 +2,7 @@
 
 The data are the four .gz files that Debian's package `dataset-fashion-mnist` installs. Nothing is
 selected on the test set: the averaged weights at the last step are measured on it once.
-Run from the repository's root: python recipes/train_demo_teacher.py --output OUT
+Run from the repository's root: python recipes/scripts/train_demo_teacher.py --output OUT
 """
 
 import argparse

@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PLACE = re.compile(r"(<!-- table:(\w+) -->\n).*?(?=<!-- end -->)", re.DOTALL)
 STAGES = {"fit": "stage 0", "align": "stage 1", "recover": "stage 2"}
 Document = dict[str, Any]
@@ -21,7 +21,7 @@ Row = Sequence[str]
 
 def grid(head: Row, rows: Iterable[Row]) -> list[str]:
     """Lines of a table; all columns but the first stand to the right."""
-    return [f"| {' | '.join(row)} |" for row in (head, ["---", *["--:"] * (len(head) - 1)], *rows)]
+    return [f"| {' | '.join(row)} |" for row in (head, [":--", *["--:"] * (len(head) - 1)], *rows)]
 
 
 def demo(found: Document) -> list[str]:
@@ -36,7 +36,7 @@ def demo(found: Document) -> list[str]:
         ("mean error of the layers after stage 0", "", f"{found['fit_error']:.3f}"),
         ("parameters", f"{teacher['parameters']:,}", f"{student['parameters']:,}"),
         ("M MACs for one image", f"{teacher['macs'] / 1e6:.1f}", f"{student['macs'] / 1e6:.1f}"),
-        ("seconds in all", "", f"{sum(found['seconds'].values()):.0f}"),
+        (f"seconds in all, {found['environment']['device']}", "", f"{sum(found['seconds'].values()):.0f}"),
     ]
     return grid((f"{student['images']:,} test images", "teacher", "student"), rows)
 
@@ -58,7 +58,7 @@ def ridge(found: Document) -> list[str]:
     rows = [
         row("error of the layers after stage 0", lambda run: run["fit_error"], 3),
         row("cosine after stage 0", lambda run: run["stages"][0]["cosine"]),
-        *(at(one[index]) for one in points.values() for index in (len(one) // 4, len(one) // 2, -1)),
+        *(at(one[index]) for one in points.values() for index in (len(one) // 3, -1)),
         row("top-1 after stage 2", lambda run: run["stages"][-1]["top1"]),
     ]
     return grid((f"mean of {len({run['seed'] for run in found['runs']})} seeds", *runs), rows)
@@ -68,18 +68,16 @@ def fit(found: Document) -> list[str]:
     """What the closed-form fit alone makes of a larger teacher."""
     layers, after = found["layers"], found["stages"][0]
     rows = [
-        ("layers converted", f"{len(layers)}"),
         ("mean held-out error of the layers", f"{found['fit_error']:.3f}"),
         ("the same for an SVD of the attention's weights", f"{mean(one['errors']['svd'] for one in layers):.3f}"),
         *((f"cosine of the final {kind} tokens", f"{after[f'{kind}_cosine']:.3f}") for kind in ("patch", "prefix")),
-        ("parameters of teacher and student", " and ".join(f"{count:,}" for count in found["parameters"].values())),
-        ("seconds", f"{after['seconds']:.0f}"),
+        (f"seconds, {found['environment']['device']}", f"{after['seconds']:.0f}"),
     ]
-    return grid((f"{found['teacher']}, stage 0 alone", ""), rows)
+    return grid((f"`{found['teacher']}`, {len(layers)} layers, stage 0 alone", ""), rows)
 
 
 def costs(found: Document) -> list[str]:
-    """Parameters, and MACs at growing sizes."""
+    """Parameters, and MACs at growing sizes; token mixing alone is attention against mixers."""
     rows = [["parameters", "", *(f"{count / 1e6:.1f} M" for count in found["parameters"].values()), "", ""]]
     for size in found["sizes"]:
         both = size["teacher"], size["student"]
@@ -87,15 +85,15 @@ def costs(found: Document) -> list[str]:
         macs = [f"{one['all'] / 1e9:,.1f} G" for one in both]
         rows.append([f"MACs at {size['pixels']} px", f"{both[0]['tokens']:,}", *macs, *fewer])
     head = (f"`{found['teacher']}`, recipe `{found['recipe']}`", "patches", "teacher", "student")
-    return grid((*head, "fewer in all", "fewer in token mixing"), rows)
+    return grid((*head, "ratio", "ratio, mixing alone"), rows)
 
 
 def line_scan(found: Document) -> list[str]:
     """How much faster the default CPU path is than the reference; one sentence."""
-    ms = {(one["provider"], *one["shape"], one["pass"]): one["ms"] for one in found["rows"]}
-    ratios = sorted(slow / ms["eager", *key[1:]] for key, slow in ms.items() if key[0] == "reference")
+    ms = {(one["provider"], str(one["shape"]), one["pass"]): one["ms"] for one in found["rows"]}
+    ratios = sorted(ms[("reference", *case)] / ms[("eager", *case)] for case in {key[1:] for key in ms})
     span = f"{ratios[0]:.1f} to {ratios[-1]:.1f} times (median {median(ratios):.1f})"
-    return [f"On a CPU the default path of the scan is {span} as fast as the reference that defines it."]
+    return [f"The scan's default path is {span} as fast as the reference that defines it, on an {found['device']}."]
 
 
 TABLES: dict[str, tuple[str, Callable[[Document], list[str]]]] = {
@@ -135,7 +133,7 @@ def main() -> None:
     if not only_check:
         readme.write_text(fresh)
     elif fresh != text:
-        sys.exit("README.md is stale; mend it with: python recipes/tables.py")
+        sys.exit("README.md is stale; mend it with: python recipes/scripts/tables.py")
 
 
 if __name__ == "__main__":

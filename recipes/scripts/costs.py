@@ -2,7 +2,7 @@
 
 Nothing is downloaded: the models are counted, not run. From the repository's root:
 
-    python recipes/costs.py --output recipes/results/costs.json
+    python recipes/scripts/costs.py --output recipes/results/costs.json
 """
 
 import argparse
