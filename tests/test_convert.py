@@ -32,6 +32,15 @@ PAPER = Mixer(proxy_dim=2, lpu=False, global_branch=False, prefix_gate=False)
 every_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=list(KINDS))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Tensors this small gain nothing from a second thread, and two test processes would fight for it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def recipe(*, mixer=None, seed=0, **fit):
     nothing = {"steps": 0, "batch_size": 1}
     return Recipe(

@@ -12,6 +12,15 @@ IMAGES = torch.randn(13, 3, 32, 48, generator=torch.Generator().manual_seed(0))
 BATCHES = IMAGES.split(5)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Tensors this small gain nothing from a second thread, and two test processes would fight for it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def make_student(teacher):
     student = build_student(teacher, [1], {"proxy_dim": 8})
     with torch.no_grad():

@@ -151,6 +151,8 @@ def test_killed_in_every_write(tmp_path, attempts, undisturbed):
     for number in range(1, len(FILES) + 1):
         assert attempts(folder, die_at_write=number).status == -signal.SIGKILL
         assert not (folder / "config.json").exists()
+        for name in {"model.safetensors", "recipe.yaml"} & {path.name for path in folder.iterdir()}:
+            assert (folder / name).read_bytes() == (expected / name).read_bytes()
     assert attempts(folder).status == 0
     assert_same_end(folder, expected)
 
