@@ -185,5 +185,6 @@ def _held_out_errors(
             mixer.load_state_dict(parameters, strict=False)
             difference = patches(mixer(x, grid), grid) - target
             wrong[name] += float((difference if gamma is None else difference * gamma).double().square().sum())
-    variance = float(square - total.square().sum() / count)
+    # A single patch has no variance: its error is told as it is, not divided by nothing.
+    variance = float(square - total.square().sum() / count) or 1.0
     return {name: value / variance for name, value in wrong.items()}

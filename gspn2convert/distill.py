@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Sequence
@@ -94,6 +95,7 @@ def distill_student(
         {
             "recipe": dump_recipe(recipe),
             "teacher": teacher_name,
+            "teacher weights": _fingerprint(teacher),
             "data": images.name,
             "keep": ",".join(map(str, keep)),
             "stages": ",".join(map(str, options.stages)),
@@ -122,3 +124,11 @@ def _finished(folder: Path) -> dict[str, Any]:
     logger.warning("%s is finished already, nothing to resume", folder)
     metrics: dict[str, Any] = json.loads((folder / "metrics.json").read_text())
     return metrics
+
+
+def _fingerprint(model: VisionTransformer) -> str:
+    """Digest of all weights, so that a run is not resumed with another teacher of the same name."""
+    digest = hashlib.sha256()
+    for value in model.state_dict().values():
+        digest.update(value.float().cpu().contiguous().numpy().data)
+    return digest.hexdigest()

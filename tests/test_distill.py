@@ -1,6 +1,7 @@
 """The conversion as a whole: what it writes is what it made, and what it says is what can be measured again."""
 
 import dataclasses
+import copy
 import json
 import signal
 
@@ -488,6 +489,10 @@ def test_a_stopped_run_does_not_go_on_with_other_images_or_another_teacher(teach
     how = Options(output=stopped, device="cpu", quiet=True, resume=True)
     with pytest.raises(UserError, match="started with another data, teacher;"):
         distill_student(teacher, parse_recipe(RECIPE, "test"), *sets, how, teacher_name="another")
+    changed = copy.deepcopy(teacher)
+    changed.norm.bias.data[0] += 1e-3
+    with pytest.raises(UserError, match="started with another data, teacher, teacher weights;"):
+        distill_student(changed, parse_recipe(RECIPE, "test"), *sets, how, teacher_name="another")
     assert snapshot(stopped) == before
 
 
