@@ -1,7 +1,7 @@
 """The conversion as a whole: what it writes is what it made, and what it says is what can be measured again."""
 
-import dataclasses
 import copy
+import dataclasses
 import json
 import signal
 
