@@ -104,8 +104,8 @@ def distill_student(
         },
         main=accelerator.is_main_process,
     )
-    if options.resume and not store.load() and holds_files(options.output):
-        return _finished(options.output)
+    if options.resume and not store.load() and (done := _finished(options.output)):
+        return done
     with Progress(quiet=options.quiet or not accelerator.is_main_process) as progress:
         run = Conversion(teacher.to(accelerator.device), recipe, images, test, options, accelerator, store, progress)
         student = run.stages(keep)
@@ -117,8 +117,11 @@ def distill_student(
     return metrics
 
 
-def _finished(folder: Path) -> dict[str, Any]:
-    """The metrics of a run that has ended; a folder of something else must not be written to."""
+def _finished(folder: Path) -> dict[str, Any] | None:
+    """The metrics of a run that has ended, None in an empty folder; one of something else must not be written to."""
+    if not holds_files(folder):
+        logger.warning("nothing to resume in %s, starting from the beginning", folder)
+        return None
     if not all((folder / name).is_file() for name in ("config.json", "metrics.json", "recipe.yaml")):
         raise UserError(f"{folder} holds files, but no run to resume; name the folder of the run, or a new one")
     logger.warning("%s is finished already, nothing to resume", folder)

@@ -19,7 +19,9 @@ class Interrupted(Exception):
     """
 
     def __init__(self, stage: str, step: int, steps: int) -> None:
-        super().__init__(f"stopped in stage {stage} after {step} of {steps}; resume to go on")
+        # The closed-form fit holds sums over all images: it is quick to repeat, and too large to save.
+        again = "resume to begin this stage again" if stage == "fit" else "resume to go on"
+        super().__init__(f"stopped in stage {stage} after {step} of {steps}; {again}")
         self.stage, self.step, self.steps = stage, step, steps
 
 
