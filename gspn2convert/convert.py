@@ -161,8 +161,7 @@ def _candidates(
 
 def own_parameters(mixer: Gspn2Mixer) -> dict[str, Tensor]:
     """Copies of the mixer's parameters that are not inherited from the teacher."""
-    inherited = ("prefix.qkv.", "prefix.proj.", "prefix.q_norm.", "prefix.k_norm.")
-    return {name: value.clone() for name, value in mixer.state_dict().items() if not name.startswith(inherited)}
+    return {name: value.detach().clone() for name, value in mixer.own_parameters().items()}
 
 
 def _held_out_errors(

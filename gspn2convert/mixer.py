@@ -86,6 +86,11 @@ class Gspn2Mixer(nn.Module):
         if self.prefix is not None:
             self.prefix.reset_parameters()
 
+    def own_parameters(self) -> dict[str, nn.Parameter]:
+        """Parameters that are new: all but the attention weights that the prefix read took over."""
+        named = self.named_parameters()
+        return {name: p for name, p in named if not name.startswith("prefix.") or name.startswith("prefix.log_sum.")}
+
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """Mix tokens.
 

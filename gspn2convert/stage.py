@@ -82,7 +82,7 @@ class AlignStage(Objective):
         super().__init__(student, teacher)
         student.requires_grad_(False)
         for mixer in self.mixers.values():
-            for parameter in own_parameters(mixer).values():
+            for parameter in mixer.own_parameters().values():
                 parameter.requires_grad_(True)
 
     def groups(self, spec: Align) -> list[Group]:
@@ -144,7 +144,7 @@ class RecoverStage(Objective):
 
     def groups(self, spec: Recover) -> list[Group]:
         """Mixers and adapters at `mixer_lr`, all that is inherited at `lr`."""
-        new = {id(parameter) for mixer in self.mixers.values() for parameter in own_parameters(mixer).values()}
+        new = {id(parameter) for mixer in self.mixers.values() for parameter in mixer.own_parameters().values()}
         named = list(self.student.named_parameters())
         fresh = [(name, value) for name, value in named if id(value) in new]
         inherited = [(name, value) for name, value in named if id(value) not in new]
@@ -199,12 +199,6 @@ class RecoverStage(Objective):
         if losses.mixer > 0 and progress < losses.mixer_until:
             weights["mixer"] = losses.mixer * (1 - progress / losses.mixer_until)
         return weights
-
-
-def own_parameters(mixer: Gspn2Mixer) -> dict[str, nn.Parameter]:
-    """Parameters of a mixer that are new: all but the attention weights that its prefix read took over."""
-    named = mixer.named_parameters()
-    return {name: p for name, p in named if not name.startswith("prefix.") or name.startswith("prefix.log_sum.")}
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ from gspn2convert.interrupt import Interrupted, StopWish
 from gspn2convert.model import build_student
 from gspn2convert.progress import Progress
 from gspn2convert.recipe import Align, Mixer, Recover
-from gspn2convert.stage import AlignStage, RecoverStage, channel_statistics, own_parameters
+from gspn2convert.stage import AlignStage, RecoverStage, channel_statistics
 from gspn2convert.train import make_accelerator, train_stage
 
 SPECS = {
@@ -283,7 +283,7 @@ def test_align_moves_mixers_and_nothing_else(tmp_path):
     before = {name: value.clone() for name, value in run.student.state_dict().items()}
     teacher = {name: value.clone() for name, value in run.teacher.state_dict().items()}
     run.train("align")
-    own = {f"blocks.{site}.attn.{name}" for site in (0, 1) for name in own_parameters(run.student.blocks[site].attn)}
+    own = {f"blocks.{site}.attn.{name}" for site in (0, 1) for name in run.student.blocks[site].attn.own_parameters()}
     moved = {name for name, value in run.student.state_dict().items() if not torch.equal(value, before[name])}
     assert moved == own
     assert all(torch.equal(value, teacher[name]) for name, value in run.teacher.state_dict().items())
