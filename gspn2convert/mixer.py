@@ -117,10 +117,15 @@ class Gspn2Mixer(nn.Module):
 
     def propagate(self, a: Tensor) -> Tensor:
         """The scan and the LPU of patches (B, H, W, C) on their grid; the merge's bias included."""
-        height, width, scan = a.shape[1], a.shape[2], DIRECTIONS * self.proxy_dim
+        height, width = a.shape[1], a.shape[2]
         latent = self.down(a)
-        control = self.control(latent if self.from_latent else a)
-        lam, u, logits = control.split([scan, scan, DIRECTIONS * self.groups * NEIGHBOURS], -1)
+        # Three products instead of one: each result is contiguous, which the scan reads fastest, and no gradient of
+        # a part has to be copied into that of the whole.
+        scan = DIRECTIONS * self.proxy_dim
+        sizes = [scan, scan, DIRECTIONS * self.groups * NEIGHBOURS]
+        parts = zip(self.control.weight.split(sizes), self.control.bias.split(sizes), strict=True)
+        source = latent if self.from_latent else a
+        lam, u, logits = (F.linear(source, weight, bias) for weight, bias in parts)
         y = line_scan(
             latent,
             lam.unflatten(-1, (DIRECTIONS, self.proxy_dim)),

@@ -1,13 +1,19 @@
 """What every test can use: markers, a tiny teacher, the command line."""
 
+import os
 from collections.abc import Callable
 from typing import Any
 
 import pytest
-import timm
 import torch
 from click.testing import CliRunner, Result
-from timm.models import VisionTransformer
+
+# Without a GPU Triton interprets its kernels. It reads this when it is first imported, and timm imports it.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import timm  # noqa: E402
+from timm.models import VisionTransformer  # noqa: E402
 
 MakeTeacher = Callable[..., VisionTransformer]
 

@@ -45,7 +45,7 @@ def _show(document: Document, console: "Console") -> None:
 )
 @click.option("--batch-size", type=click.IntRange(1), default=1, show_default=True, help="Images per call.")
 @options.device_option
-@click.option("--dtype", type=options.PRECISION, default="fp32", show_default=True, help="Autocast to this type.")
+@click.option("--dtype", type=options.PRECISION, default="fp32", show_default=True, help="Of weights and images.")
 def command(
     folder: Path, against: str, sizes: tuple[options.Size, ...], batch_size: int, device: str, dtype: str
 ) -> dict[str, Any]:

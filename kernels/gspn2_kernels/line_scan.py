@@ -6,6 +6,7 @@ Shapes: B batch, H W grid, C channels, G groups, K = 3 neighbours.
 import logging
 import math
 from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple, Protocol
 
 import torch
@@ -30,10 +31,25 @@ class _Context(Protocol):
     def save_for_backward(self, *tensors: Tensor) -> None: ...
 
 
+class Training(NamedTuple):
+    """How a backend trains if its backward wants more than the inputs.
+
+    Attributes:
+        forward: `(x, lam, logits, u, segment)` to y and states.
+        backward: `(dy, x, lam, logits, u, segment, states)` to the gradients of x, lam, logits and u.
+        empty_states: x to a tensor like the states, whose values do not matter.
+    """
+
+    forward: Callable[[Tensor, Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
+    backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, Tensor], Gradients]
+    empty_states: Callable[[Tensor], Tensor]
+
+
 class _Backend(NamedTuple):
     name: str
     forward: Forward
     backward: Backward
+    training: Training | None = None
 
 
 _EAGER = _Backend("eager", line_scan_fwd, line_scan_bwd)
@@ -63,27 +79,53 @@ def line_scan(x: Tensor, lam: Tensor, logits: Tensor, u: Tensor, segment: int = 
     Raises:
         ValueError: A shape, dtype or device does not fit; the message names the argument and what was expected.
     """
-    y: Tensor = torch.ops.gspn2.line_scan(x, lam, logits, u, segment)
+    y: Tensor
+    # Autocast first: its rule comes back here with tensors of one dtype. An export wants the one plain node.
+    if not torch.is_autocast_enabled(x.device.type) and not torch.compiler.is_exporting():
+        wanted = torch.is_grad_enabled() and any(t.requires_grad for t in (x, lam, logits, u))
+        if wanted and _backend(x.device, x.dtype).training is not None:
+            y, _ = torch.ops.gspn2.line_scan_train(x, lam, logits, u, segment)
+            return y
+    y = torch.ops.gspn2.line_scan(x, lam, logits, u, segment)
     return y
 
 
-def register_backend(device_type: str, name: str, forward: Forward, backward: Backward) -> None:
+def register_backend(
+    device_type: str, name: str, forward: Forward, backward: Backward, training: Training | None = None
+) -> None:
     """Run the op on one type of device, such as "cuda", with these two functions instead of plain torch.
 
     `forward(x, lam, logits, u, segment)` returns y and `backward(dy, x, lam, logits, u, segment)` the gradients of
-    x, lam, logits and u. Both return new contiguous tensors in the dtype of x and read inputs of any strides.
+    x, lam, logits and u. Both return new contiguous tensors in the dtype of x and read inputs of any strides. With
+    `training`, a forward whose gradients are wanted keeps states for the backward. fp64 always runs in plain torch.
     """
-    _BACKENDS[device_type] = _Backend(name, forward, backward)
+    _BACKENDS[device_type] = _Backend(name, forward, backward, training)
     _log.info("line_scan on %s runs with backend %s", device_type, name)
 
 
 def backend(device: str | torch.device = "cpu") -> str:
-    """Name the backend that the op uses on a device."""
+    """Name the backend that the op uses on a device: "triton" or "eager", or what `register_backend` named."""
     return _backend(torch.device(device)).name
 
 
-def _backend(device: torch.device) -> _Backend:
-    return _BACKENDS.get(device.type, _EAGER)
+def _backend(device: torch.device, dtype: torch.dtype = torch.float32) -> _Backend:
+    if device.type == "cuda":
+        _register_triton()
+    return _EAGER if dtype == torch.float64 else _BACKENDS.get(device.type, _EAGER)
+
+
+@cache
+def _register_triton() -> None:
+    """Make Triton the backend of CUDA devices, at their first use: most programs on a CPU never need the import."""
+    if "cuda" in _BACKENDS:
+        return
+    try:
+        from gspn2_kernels import triton_line_scan as kernels
+    except ImportError as error:
+        _log.warning("line_scan on CUDA runs in plain torch, which is far slower: %s; pip install triton", error)
+        return
+    training = Training(kernels.line_scan_train, kernels.line_scan_bwd, kernels.empty_states)
+    register_backend("cuda", "triton", kernels.line_scan_fwd, kernels.line_scan_recomputed_bwd, training)
 
 
 def _check(x: Tensor, lam: Tensor, logits: Tensor, u: Tensor, segment: int) -> None:
@@ -123,7 +165,7 @@ def _check_shapes(x: Tensor, lam: Tensor, logits: Tensor, u: Tensor) -> None:
 )
 def _line_scan(x: Tensor, lam: Tensor, logits: Tensor, u: Tensor, segment: int) -> Tensor:
     _check(x, lam, logits, u, segment)
-    return _backend(x.device).forward(x, lam, logits, u, segment)
+    return _backend(x.device, x.dtype).forward(x, lam, logits, u, segment)
 
 
 @_line_scan.register_fake
@@ -133,16 +175,44 @@ def _line_scan_fake(x: Tensor, lam: Tensor, logits: Tensor, u: Tensor, segment: 
 
 
 @torch.library.custom_op(
+    "gspn2::line_scan_train",
+    mutates_args=(),
+    schema=f"({_ARGUMENTS}) -> (Tensor y, Tensor states)",
+)
+def _line_scan_train(x: Tensor, lam: Tensor, logits: Tensor, u: Tensor, segment: int) -> tuple[Tensor, Tensor]:
+    _check(x, lam, logits, u, segment)
+    return _training(x).forward(x, lam, logits, u, segment)
+
+
+@_line_scan_train.register_fake
+def _line_scan_train_fake(x: Tensor, lam: Tensor, logits: Tensor, u: Tensor, segment: int) -> tuple[Tensor, Tensor]:
+    _check(x, lam, logits, u, segment)
+    return x.new_empty(lam.shape), _training(x).empty_states(x)
+
+
+def _training(x: Tensor) -> Training:
+    training = _backend(x.device, x.dtype).training
+    assert training is not None
+    return training
+
+
+@torch.library.custom_op(
     "gspn2::line_scan_backward",
     mutates_args=(),
-    schema=f"(Tensor dy, {_ARGUMENTS}) -> (Tensor dx, Tensor dlam, Tensor dlogits, Tensor du)",
+    schema=f"(Tensor dy, {_ARGUMENTS}, Tensor? states=None) -> (Tensor dx, Tensor dlam, Tensor dlogits, Tensor du)",
 )
-def _line_scan_backward(dy: Tensor, x: Tensor, lam: Tensor, logits: Tensor, u: Tensor, segment: int) -> Gradients:
-    return _backend(x.device).backward(dy, x, lam, logits, u, segment)
+def _line_scan_backward(
+    dy: Tensor, x: Tensor, lam: Tensor, logits: Tensor, u: Tensor, segment: int, states: Tensor | None = None
+) -> Gradients:
+    if states is None:
+        return _backend(x.device, x.dtype).backward(dy, x, lam, logits, u, segment)
+    return _training(x).backward(dy, x, lam, logits, u, segment, states)
 
 
 @_line_scan_backward.register_fake
-def _line_scan_backward_fake(dy: Tensor, x: Tensor, lam: Tensor, logits: Tensor, u: Tensor, segment: int) -> Gradients:
+def _line_scan_backward_fake(
+    dy: Tensor, x: Tensor, lam: Tensor, logits: Tensor, u: Tensor, segment: int, states: Tensor | None = None
+) -> Gradients:
     return x.new_empty(x.shape), x.new_empty(lam.shape), x.new_empty(logits.shape), x.new_empty(u.shape)
 
 
@@ -151,11 +221,20 @@ def _save_inputs(ctx: _Context, inputs: tuple[Tensor, Tensor, Tensor, Tensor, in
     ctx.save_for_backward(*tensors)
 
 
-def _gradients(ctx: _Context, dy: Tensor) -> tuple[Tensor | None, ...]:
-    return *torch.ops.gspn2.line_scan_backward(dy, *ctx.saved_tensors, ctx.segment), None
+def _save_states(
+    ctx: _Context, inputs: tuple[Tensor, Tensor, Tensor, Tensor, int], output: tuple[Tensor, Tensor]
+) -> None:
+    *tensors, ctx.segment = inputs
+    ctx.save_for_backward(*tensors, output[1])
+
+
+def _gradients(ctx: _Context, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    x, lam, logits, u, *states = ctx.saved_tensors
+    return *torch.ops.gspn2.line_scan_backward(dy, x, lam, logits, u, ctx.segment, *states), None
 
 
 _line_scan.register_autograd(_gradients, setup_context=_save_inputs)
+_line_scan_train.register_autograd(_gradients, setup_context=_save_states)
 
 
 def _autocast_rule(device_type: str) -> Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]:
@@ -178,6 +257,6 @@ _LIBRARY.impl("line_scan", _autocast_rule("cpu"), "AutocastCPU")
 _LIBRARY.impl("line_scan", _autocast_rule("cuda"), "AutocastCUDA")
 
 
-@register_flop_formula(torch.ops.gspn2.line_scan)
+@register_flop_formula([torch.ops.gspn2.line_scan, torch.ops.gspn2.line_scan_train])
 def _line_scan_flops(x: torch.Size, lam: torch.Size, *_: object, **__: object) -> int:
     return _FLOPS_PER_ELEMENT * math.prod(lam)

@@ -1,0 +1,143 @@
+"""The forward kernel of the line scan: weights, lam * x, the recurrence and u * h in one pass over memory.
+
+One launch scans all four directions. See `triton_tiles` for who holds what.
+"""
+
+import triton
+import triton.language as tl
+
+from gspn2_kernels.triton_tiles import (
+    direction,
+    get,
+    neighbour_lanes,
+    per_lane,
+    place,
+    put,
+    segments,
+    to_rows,
+    to_state,
+    weights,
+    within,
+    zeros,
+)
+
+
+@triton.jit
+def line_scan_fwd_kernel(
+    x, lam, logits, u, y, states, scratch, first, last, launch, H, W, segment, state_scale, sxb, slb, sab, sub,
+    C: tl.constexpr, GC: tl.constexpr, SX: tl.constexpr, SL: tl.constexpr, SLD: tl.constexpr, SA: tl.constexpr,
+    SAD: tl.constexpr, SAG: tl.constexpr, SU: tl.constexpr, SUD: tl.constexpr, SAVE: tl.constexpr,
+    WC: tl.constexpr, GRID: tl.constexpr, WP: tl.constexpr, CL: tl.constexpr, BC: tl.constexpr,
+    P: tl.constexpr, NS: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
+    """Scan lines `first` to `last` of one direction of one image: program (channels and segment, direction, image).
+
+    x, lam, u and logits have batch strides s?b; S? are the strides of a pixel, S?D of a direction, SAG of a group of
+    GC channels. y is contiguous. With SAVE, the states times state_scale go to `states` (B, 4, T, M, C), line by
+    line. Where GRID is above 1, `scratch` holds 2 max(H, W) C
+    numbers, C rounded up, a direction and image.
+    AHEAD reads a line one step before it is used: a warp that is alone then waits less, and holds more.
+    """
+    i_d, i_b = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    T, M, step, across, start = direction(i_d, H, W)
+    own, _, origin = segments(M, GRID, 32 // CL, P)
+    # Loads take their rows in the order of memory, logits and stores in the order of the lanes.
+    o_q, o_c = place(M, origin, C, WC, GRID, WP, CL, BC, P)
+    r_q, r_c = place(M, origin, C, WC, GRID, 1, CL, BC, P)
+    low = tl.program_id(0) % GRID * own
+    o_v, r_v = o_c[:, None] + tl.arange(0, BC)[None, :], r_c[:, None] + tl.arange(0, BC)[None, :]
+    o_pixel, r_pixel = start + o_q * across, start + r_q * across
+    p_x = x + i_b * sxb + (o_pixel * SX)[:, None] + o_v
+    p_l = lam + i_b * slb + i_d * SLD + (o_pixel * SL)[:, None] + o_v
+    p_u = u + i_b * sub + i_d * SUD + (o_pixel * SU)[:, None] + o_v
+    p_a = logits + i_b * sab + i_d * SAD + (r_pixel * SA + r_c // GC * SAG)[:, None] + tl.arange(0, 4)[None, :]
+    p_y = y + i_b * (H * W * 4 * C) + i_d * C + (r_pixel * (4 * C))[:, None] + r_v
+    p_s = states + (i_b * 4 + i_d) * (H * W * C) + (r_q * C)[:, None] + r_v
+    block = (i_b * 4 + i_d) * (tl.num_programs(0) // GRID) + tl.program_id(0) // GRID
+    p_h = scratch + block * (2 * tl.maximum(H, W) * WC * CL * BC)
+    b_h = zeros(WC, BC, P)
+    if GRID > 1:
+        if launch > 0:
+            b_h = get(p_h, launch % 2, M, origin, WC, CL, BC, P)
+    b_h = _lines(
+        b_h, first, tl.minimum(last, T), segment, state_scale, step, across, M, p_x, p_l, p_u, p_a, p_y, p_s, o_q, r_q,
+        low, tl.minimum(low + own, M), C, SX, SL, SU, SA, SAVE, WC, GRID, WP, CL, BC, P, NS, AHEAD,
+    )  # fmt: skip
+    if GRID > 1:
+        put(b_h, p_h, (launch + 1) % 2, M, origin, low, tl.minimum(low + own, M), WC, CL, BC, P)
+
+
+@triton.jit
+def _lines(
+    b_h, first, last, segment, state_scale, step, across, M, p_x, p_l, p_u, p_a, p_y, p_s, o_q, r_q, low, high,
+    C: tl.constexpr, SX: tl.constexpr, SL: tl.constexpr, SU: tl.constexpr, SA: tl.constexpr, SAVE: tl.constexpr,
+    WC: tl.constexpr, GRID: tl.constexpr, WP: tl.constexpr, CL: tl.constexpr, BC: tl.constexpr,
+    P: tl.constexpr, NS: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
+    """Scan lines for which a segment needs nothing from its neighbours."""
+    if AHEAD:
+        line = _read(first, first < last, segment, step, across, M, p_x, p_l, p_u, p_a, o_q, r_q,
+                     SX, SL, SU, SA, WC, GRID, WP, CL, BC, P)  # fmt: skip
+    for i in tl.range(first, last, num_stages=NS):
+        i_r = i + 1 if AHEAD else i
+        read = _read(i_r, i_r < last, segment, step, across, M, p_x, p_l, p_u, p_a, o_q, r_q,
+                     SX, SL, SU, SA, WC, GRID, WP, CL, BC, P)  # fmt: skip
+        b_h = _advance(
+            b_h, line if AHEAD else read, i * step, i * M, across, state_scale, p_y, p_s, r_q, low, high,
+            C, SAVE, WC, GRID, CL, BC, P,
+        )  # fmt: skip
+        if AHEAD:
+            line = read
+    return b_h
+
+
+@triton.jit
+def _read(
+    i, there, segment, step, across, M, p_x, p_l, p_u, p_a, o_q, r_q, SX: tl.constexpr, SL: tl.constexpr,
+    SU: tl.constexpr, SA: tl.constexpr, WC: tl.constexpr, GRID: tl.constexpr, WP: tl.constexpr,
+    CL: tl.constexpr, BC: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
+    """Read what a line takes from memory: for each of a lane's positions three weights, lam * x and u."""
+    keep = tl.where(i % segment == 0, 0.0, 1.0)
+    line = ()
+    for p in tl.static_range(P):
+        o = i * step + p * across
+        m_load, m_all = within(o_q + p, 0, M, GRID) & there, within(r_q + p, 0, M, GRID) & there
+        b_a = tl.load(p_a + o * SA, mask=m_all, other=0.0)
+        w0, w1, w2 = weights(b_a, r_q + p <= 0, r_q + p >= M - 1, keep, WC * 32)
+        b_x = to_state(tl.load(p_x + o * SX, mask=m_load, other=0.0), WC, WP, CL, BC)
+        b_l = to_state(tl.load(p_l + o * SL, mask=m_load, other=0.0), WC, WP, CL, BC)
+        b_u = to_state(tl.load(p_u + o * SU, mask=m_load, other=0.0), WC, WP, CL, BC)
+        line = line + (per_lane(w0, WC)[None], per_lane(w1, WC)[None], per_lane(w2, WC)[None])
+        line = line + (b_x.to(tl.float32) * b_l.to(tl.float32), b_u.to(tl.float32))
+    return line
+
+
+@triton.jit
+def _advance(
+    b_h, line, o_line, o_state, across, state_scale, p_y, p_s, r_q, low, high, C: tl.constexpr, SAVE: tl.constexpr,
+    WC: tl.constexpr, GRID: tl.constexpr, CL: tl.constexpr, BC: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
+    """Take the states of one line to the next, and write u * h."""
+    before, after = neighbour_lanes(CL)
+    h_before = tl.gather(b_h[P - 1], tl.broadcast_to(before[None, :, None], (BC, 32, WC)), 1)
+    h_after = tl.gather(b_h[0], tl.broadcast_to(after[None, :, None], (BC, 32, WC)), 1)
+    b_new = ()
+    for p in tl.static_range(P):
+        h_down = h_before if p == 0 else b_h[p - 1]
+        h_up = h_after if p == P - 1 else b_h[p + 1]
+        b_t = line[5 * p + 1] * b_h[p] + line[5 * p + 3]
+        # What comes from another lane last: its shuffle is the longest wait.
+        if p == P - 1:
+            b_t = line[5 * p] * h_down + b_t
+            b_t = line[5 * p + 2] * h_up + b_t
+        else:
+            b_t = line[5 * p + 2] * h_up + b_t
+            b_t = line[5 * p] * h_down + b_t
+        m_own = within(r_q + p, low, high, GRID)
+        if SAVE:
+            tl.store(p_s + (o_state + p) * C, to_rows(b_t * state_scale, WC, BC).to(p_s.dtype.element_ty), mask=m_own)
+        b_y = to_rows(b_t * line[5 * p + 4], WC, BC)
+        tl.store(p_y + (o_line + p * across) * (4 * C), b_y.to(p_y.dtype.element_ty), mask=m_own)
+        b_new = b_new + (b_t,)
+    return b_new

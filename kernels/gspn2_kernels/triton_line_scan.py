@@ -1,0 +1,203 @@
+"""The line scan on a GPU by Triton: checks of memory layout, launches, and the sums that end the backward.
+
+Shapes: B batch, H W grid, C channels, G groups, K = 3 neighbours; T lines of M positions in a direction.
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+import triton
+from torch import Tensor
+
+from gspn2_kernels.triton_backward import line_scan_bwd_kernel, sum_shares_kernel
+from gspn2_kernels.triton_forward import line_scan_fwd_kernel
+from gspn2_kernels.tuning import Plan, plan
+
+# States of 16-bit inputs are saved in fp16 up to this number of lines; beyond, its rounding would show in the logits'
+# gradients, which live on differences of neighbouring states.
+_FP16_LINES = 256
+
+
+def line_scan_fwd(
+    x: Tensor, lam: Tensor, logits: Tensor, u: Tensor, segment: int, *, chosen: Plan | None = None
+) -> Tensor:
+    """Compute `gspn2::line_scan`; arguments as for `line_scan_train`."""
+    return _forward(x, lam, logits, u, segment, None, chosen)
+
+
+def line_scan_train(
+    x: Tensor, lam: Tensor, logits: Tensor, u: Tensor, segment: int, *, chosen: Plan | None = None
+) -> tuple[Tensor, Tensor]:
+    """Compute `gspn2::line_scan` and keep the states; arguments as in `line_scan_ref`, in fp32, fp16 or bf16.
+
+    Args:
+        x: (B, H, W, C).
+        lam: (B, H, W, 4, C).
+        logits: (B, H, W, 4, G, K).
+        u: (B, H, W, 4, C).
+        segment: Lines after which a scan restarts, or 0.
+        chosen: Constants of the kernel; by default those of the table.
+
+    Returns:
+        y (B, H, W, 4, C), and the states as `line_scan_bwd` takes them.
+
+    Raises:
+        ValueError: An image is too large for the offsets of the kernel.
+    """
+    states = empty_states(x)
+    return _forward(x, lam, logits, u, segment, states, chosen), states
+
+
+def _forward(
+    x: Tensor, lam: Tensor, logits: Tensor, u: Tensor, segment: int, states: Tensor | None, chosen: Plan | None
+) -> Tensor:
+    batch, height, width, channels = x.shape
+    y = torch.empty(lam.shape, dtype=x.dtype, device=x.device)
+    if y.numel() == 0:
+        return y
+    chosen = chosen or plan(batch, height, width, channels, logits.shape[4], x.element_size())
+    x, lam, u, logits = _by_pixel(x), _by_pixel(lam), _by_pixel(u), _padded(logits)
+    constants = {**_strides(x, lam, logits, u), **chosen._asdict(), "SAVE": states is not None, "num_warps": chosen.WC}
+    _check_offsets(x, lam, logits, u, y)
+    scratch = _scratch(x, chosen)
+    for launch, first, last in _launches(x, chosen):
+        line_scan_fwd_kernel[_grid(x, chosen)](
+            x, lam, logits, u, y, y if states is None else states, scratch, first, last, launch, height, width,
+            segment or height + width, 1 / _state_scale(x), x.stride(0), lam.stride(0), logits.stride(0), u.stride(0),
+            **constants,
+        )  # fmt: skip
+    return y
+
+
+def line_scan_recomputed_bwd(
+    dy: Tensor, x: Tensor, lam: Tensor, logits: Tensor, u: Tensor, segment: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Compute the gradients of a forward that kept no states: scan once more, then as `line_scan_bwd`."""
+    _, states = line_scan_train(x, lam, logits, u, segment)
+    return line_scan_bwd(dy, x, lam, logits, u, segment, states)
+
+
+def line_scan_bwd(
+    dy: Tensor,
+    x: Tensor,
+    lam: Tensor,
+    logits: Tensor,
+    u: Tensor,
+    segment: int,
+    states: Tensor,
+    *,
+    chosen: Plan | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Compute the gradients of x, lam, logits and u from dy (B, H, W, 4, C) and the states that the forward saved.
+
+    The sums over directions and channels are made in a fixed order: equal bits from run to run.
+    """
+    batch, height, width, channels = x.shape
+    dlam, du, shares = (torch.empty(lam.shape, dtype=x.dtype, device=x.device) for _ in range(3))
+    dx, dlogits = (torch.empty(t.shape, dtype=x.dtype, device=x.device) for t in (x, logits))
+    if lam.numel() == 0:
+        return dx.zero_(), dlam, dlogits.zero_(), du
+    chosen = chosen or plan(batch, height, width, channels, logits.shape[4], x.element_size(), backward=True)
+    dy, x, lam, u, logits = _by_pixel(dy), _by_pixel(x), _by_pixel(lam), _by_pixel(u), _padded(logits)
+    constants = {**_strides(x, lam, logits, u), "SY": dy.stride(2), "SYD": dy.stride(3), **chosen._asdict()}
+    del constants["AHEAD"]
+    _check_offsets(x, lam, logits, u, dy)
+    tiles = triton.cdiv(channels, chosen.tile)
+    weight_shares = torch.empty(tiles, batch, 4, height * width, 4, dtype=torch.float32, device=x.device)
+    scratch = _scratch(x, chosen)
+    for launch, first, last in _launches(x, chosen):
+        line_scan_bwd_kernel[_grid(x, chosen)](
+            x, lam, logits, u, dy, states, shares, dlam, du, weight_shares, scratch, first, last, launch, height,
+            width, segment or height + width, _state_scale(x), x.stride(0), lam.stride(0), logits.stride(0),
+            u.stride(0), dy.stride(0), **constants, num_warps=chosen.WC,
+        )  # fmt: skip
+    _sum_shares(shares, weight_shares, dx, dlogits)
+    return dx, dlam, dlogits, du
+
+
+def empty_states(x: Tensor) -> Tensor:
+    """Make room for the states of a forward, line by line in scan order: (B, 4, T M, C), fp16 or fp32."""
+    batch, height, width, channels = x.shape
+    dtype = torch.float16 if _keeps_fp16(x) else torch.float32
+    return torch.empty(batch, 4, height * width, channels, dtype=dtype, device=x.device)
+
+
+def _sum_shares(shares: Tensor, weight_shares: Tensor, dx: Tensor, dlogits: Tensor) -> None:
+    batch, height, width, channels = dx.shape
+    wide = triton.next_power_of_2(channels)
+    block = max(1, 2048 // wide)
+    sum_shares_kernel[(triton.cdiv(height * width, block), batch)](
+        shares, weight_shares, dx, dlogits, height, width, C=channels, G=dlogits.shape[4],
+        TILES=weight_shares.shape[0], BLOCK=block, BLOCK_C=wide,
+    )  # fmt: skip
+
+
+def _grid(x: Tensor, chosen: Plan) -> tuple[int, int, int]:
+    return triton.cdiv(x.shape[3], chosen.WC * chosen.tile) * chosen.GRID, 4, x.shape[0]
+
+
+def _launches(x: Tensor, chosen: Plan) -> Iterator[tuple[int, int, int]]:
+    """Number the launches; each has a first line and the one after its last."""
+    longest = max(x.shape[1], x.shape[2])
+    lines = chosen.lines_per_launch(x.shape[1], x.shape[2])
+    for launch, first in enumerate(range(0, longest, lines)):
+        yield launch, first, first + lines
+
+
+def _check_offsets(*tensors: Tensor) -> None:
+    """Make sure that 32 bits hold every offset inside an image."""
+    for t in tensors:
+        if t.shape[1] * t.stride(1) + t[0, 0, 0].numel() >= 2**31:
+            raise ValueError(
+                f"an image of shape {tuple(t.shape[1:])} has over 2^31 elements; split it, or scan on the CPU"
+            )
+
+
+def _strides(x: Tensor, lam: Tensor, logits: Tensor, u: Tensor) -> dict[str, int]:
+    """Name the strides that are constants of a kernel: with them known, loads are vectors."""
+    return {
+        "C": x.shape[3],
+        "GC": x.shape[3] // logits.shape[4],
+        "SX": x.stride(2),
+        "SL": lam.stride(2),
+        "SLD": lam.stride(3),
+        "SA": logits.stride(2),
+        "SAD": logits.stride(3),
+        "SAG": logits.stride(4),
+        "SU": u.stride(2),
+        "SUD": u.stride(3),
+    }
+
+
+def _by_pixel(t: Tensor) -> Tensor:
+    """Make sure that channels lie side by side and pixels at equal distances, row after row; copy if they don't."""
+    regular = t.stride(-1) == 1 and t.stride(1) == t.shape[2] * t.stride(2)
+    return t if regular else t.clone(memory_format=torch.contiguous_format)
+
+
+def _padded(logits: Tensor) -> Tensor:
+    """Give every three logits room for a fourth, which a kernel reads along and ignores; copy only if there is none."""
+    room = logits.untyped_storage().nbytes() // logits.element_size() - logits.storage_offset()
+    last = sum((size - 1) * stride for size, stride in zip(logits.shape[:-1], logits.stride()[:-1], strict=True))
+    regular = logits.stride(-1) == 1 and logits.stride(1) == logits.shape[2] * logits.stride(2)
+    if regular and logits.stride(3) % 4 == 0 and logits.stride(4) % 4 == 0 and last + 4 <= room:
+        return logits
+    return torch.nn.functional.pad(logits, (0, 1))[..., :3]
+
+
+def _scratch(x: Tensor, chosen: Plan) -> Tensor:
+    """Make room for the states that one launch hands to the next: two buffers of a line, for every scan."""
+    batch, height, width, channels = x.shape
+    block = chosen.WC * chosen.tile
+    numbers = batch * 4 * 2 * max(height, width) * triton.cdiv(channels, block) * block
+    return torch.empty(numbers if chosen.GRID > 1 else 0, dtype=torch.float32, device=x.device)
+
+
+def _keeps_fp16(x: Tensor) -> bool:
+    return x.element_size() == 2 and max(x.shape[1], x.shape[2]) <= _FP16_LINES
+
+
+def _state_scale(x: Tensor) -> float:
+    """Tell the power of two that saved states are divided by: |h| grows with the lines, and fp16 ends at 65504."""
+    return float(2 ** math.ceil(math.log2(max(x.shape[1], x.shape[2])))) if _keeps_fp16(x) else 1.0

@@ -1,0 +1,190 @@
+"""Pieces that the Triton kernels of the line scan share: who holds what, the weights, the exchange of neighbours.
+
+A program is a handful of warps that scan one direction of one image, for a block of channels: a warp for every
+CL BC of them. A warp holds a line in registers. Its 32 lanes are K positions x CL groups of BC channels, and every
+lane keeps P adjacent positions, one tensor each (a tuple), so that neighbours are mostly the lane's own registers and
+the rest is one shuffle. A line that is too long for that is split into GRID segments, one program each.
+
+Shapes: BC channels of a lane, 32 lanes (position, channel group), WC warps; rows = 32 WC lanes of memory.
+State tensors are (BC, 32, WC), memory tensors (rows, BC), since a load wants its lanes in the order of memory.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def lanes(WC: tl.constexpr, WP: tl.constexpr, CL: tl.constexpr):
+    """Tell warp, position and channel group of each row; WP warps that lie side by side share a run of memory."""
+    row = tl.arange(0, WC * 32)
+    warp = row // (32 * WP) * WP + row // CL % WP
+    return warp, row // (CL * WP) % (32 // CL), row % CL
+
+
+@triton.jit
+def to_state(v, WC: tl.constexpr, WP: tl.constexpr, CL: tl.constexpr, BC: tl.constexpr):
+    """Turn rows (WC 32, BC) in the order of `lanes` into state (BC, 32, WC)."""
+    v = tl.reshape(v, (WC // WP, 32 // CL, WP, CL, BC))
+    return tl.reshape(tl.permute(v, (4, 1, 3, 0, 2)), (BC, 32, WC))
+
+
+@triton.jit
+def to_rows(v, WC: tl.constexpr, BC: tl.constexpr):
+    """Turn state (BC, 32, WC) into rows (WC 32, BC) in the order of `lanes` with WP = 1."""
+    return tl.reshape(tl.permute(v, (2, 1, 0)), (WC * 32, BC))
+
+
+@triton.jit
+def per_lane(v, WC: tl.constexpr):
+    """Turn one number a row (WC 32,), in the order of `lanes` with WP = 1, into (32, WC)."""
+    return tl.permute(tl.reshape(v, (WC, 32)), (1, 0))
+
+
+@triton.jit
+def per_row(v, WC: tl.constexpr):
+    """Undo `per_lane`."""
+    return tl.reshape(tl.permute(v, (1, 0)), (WC * 32,))
+
+
+@triton.jit
+def direction(i_d, H, W):
+    """Tell lines T, positions M, the pixels between lines and between positions, and the first pixel of a scan."""
+    vertical = i_d < 2
+    T = tl.where(vertical, H, W)
+    M = tl.where(vertical, W, H)
+    step = tl.where(vertical, W, 1)
+    across = tl.where(vertical, 1, W)
+    backwards = i_d % 2 == 1
+    return T, M, tl.where(backwards, -step, step), across, tl.where(backwards, (T - 1) * step, 0)
+
+
+@triton.jit
+def segments(M, GRID: tl.constexpr, K: tl.constexpr, P: tl.constexpr):
+    """Share M positions out to GRID segments that hold K P each: positions of its own, halo, and where it starts.
+
+    A halo of n positions, which overlaps with a neighbour's own, lets a segment do n steps before it needs the
+    neighbour's states again.
+    """
+    own = tl.cdiv(M, GRID)
+    seg = tl.program_id(0) % GRID
+    if GRID == 1:
+        return own, M, 0
+    elif GRID == 2:
+        # Both segments touch an end of the line, where nothing is missing: one halo each.
+        halo = K * P - own
+        return own, halo, seg * (own - halo)
+    else:
+        halo = (K * P - own) // 2
+        return own, halo, seg * own - halo
+
+
+@triton.jit
+def exponentials(b_a, first, last, rows: tl.constexpr):
+    """Compute exp(-a) of three logits, shifted alike where those of the neighbours that exist are all very low.
+
+    b_a holds 4 logits a row, the last of them padding. Below -20 a sigmoid is exp(a) in fp32, so a common shift
+    leaves the weights as they are. After it a product of two terms stays finite, and one that was cut off is a weight
+    of 1e-10.
+    """
+    even, odd = tl.split(tl.reshape(b_a, (rows, 2, 2)))
+    a0, a2 = tl.split(even)
+    a1, _ = tl.split(odd)
+    log2e: tl.constexpr = 1.4426950408889634
+    a0, a1, a2 = -log2e * a0.to(tl.float32), -log2e * a1.to(tl.float32), -log2e * a2.to(tl.float32)
+    least = tl.minimum(tl.minimum(tl.where(first, a1, a0), tl.where(last, a1, a2)), a1)
+    shift = tl.maximum(least - 28.0, 0.0)
+    e0 = tl.exp2(tl.minimum(a0 - shift, 62.0))
+    e1 = tl.exp2(tl.minimum(a1 - shift, 62.0))
+    e2 = tl.exp2(tl.minimum(a2 - shift, 62.0))
+    return e0, e1, e2
+
+
+@triton.jit
+def weights(b_a, first, last, keep, rows: tl.constexpr):
+    """Normalise logits (rows, 4) over the neighbours that exist; keep = 0 cuts the line off from the one before."""
+    e0, e1, e2 = exponentials(b_a, first, last, rows)
+    s0, s1, s2 = 1 + e0, 1 + e1, 1 + e2
+    # 1/s0 : 1/s1 : 1/s2 = s1 s2 : s0 s2 : s0 s1, with one division in all.
+    w0 = tl.where(first, 0.0, s1 * s2)
+    w1 = s0 * s2
+    w2 = tl.where(last, 0.0, s0 * s1)
+    scale = keep / (w0 + w1 + w2)
+    return w0 * scale, w1 * scale, w2 * scale
+
+
+@triton.jit
+def complements(b_a, first, last, rows: tl.constexpr):
+    """Compute 1 - sigmoid of three logits (rows, 4): the inner derivative of a weight's logarithm."""
+    e0, e1, e2 = exponentials(b_a, first, last, rows)
+    return e0 / (1 + e0), e1 / (1 + e1), e2 / (1 + e2)
+
+
+@triton.jit
+def neighbour_lanes(CL: tl.constexpr):
+    """Tell the lanes that hold the positions before and after those of each lane, clamped at the ends."""
+    lane = tl.arange(0, 32)
+    return tl.maximum(lane - CL, lane % CL), tl.minimum(lane + CL, 32 - CL + lane % CL)
+
+
+@triton.jit
+def place(
+    M, origin, C: tl.constexpr, WC: tl.constexpr, GRID: tl.constexpr, WP: tl.constexpr, CL: tl.constexpr,
+    BC: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
+    """Tell the first position and the first channel of each row; beyond C, positions lie outside the line."""
+    warp, k, cl = lanes(WC, WP, CL)
+    o_c = ((tl.program_id(0) // GRID * WC + warp) * CL + cl) * BC
+    return tl.where(o_c < C, origin + k * P, M), o_c
+
+
+@triton.jit
+def within(o_q, low, high, GRID: tl.constexpr):
+    """Mask the rows whose position lies in a range; the range of a line in one piece starts at 0."""
+    if GRID == 1:
+        return (o_q < high)[:, None]
+    else:
+        return ((o_q >= low) & (o_q < high))[:, None]
+
+
+@triton.jit
+def _carried(
+    scratch, buffer, M, origin, WC: tl.constexpr, CL: tl.constexpr, BC: tl.constexpr, P: tl.constexpr
+):  # fmt: skip
+    """Point to the states of a line in memory, and tell the position of each.
+
+    Two buffers take turns between launches: no program writes what another may still be reading.
+    """
+    lane = tl.arange(0, 32)[None, :, None]
+    o_c = (tl.arange(0, WC)[None, None, :] * CL + lane % CL) * BC + tl.arange(0, BC)[:, None, None]
+    o_q = origin + lane // CL * P + 0 * o_c
+    return scratch + (buffer * M + o_q) * (WC * CL * BC) + o_c, o_q
+
+
+@triton.jit
+def put(
+    b_h, scratch, buffer, M, origin, low, high, WC: tl.constexpr, CL: tl.constexpr, BC: tl.constexpr, P: tl.constexpr
+):  # fmt: skip
+    """Write the states that a segment owns, for the next launch."""
+    p_h, o_q = _carried(scratch, buffer, M, origin, WC, CL, BC, P)
+    for p in tl.static_range(P):
+        tl.store(p_h + p * (WC * CL * BC), b_h[p], mask=(o_q + p >= low) & (o_q + p < high))
+
+
+@triton.jit
+def get(scratch, buffer, M, origin, WC: tl.constexpr, CL: tl.constexpr, BC: tl.constexpr, P: tl.constexpr):
+    """Read the states of all positions that a segment holds, as the launch before left them."""
+    p_h, o_q = _carried(scratch, buffer, M, origin, WC, CL, BC, P)
+    b_h = ()
+    for p in tl.static_range(P):
+        there = (o_q + p >= 0) & (o_q + p < M)
+        b_h = b_h + (tl.load(p_h + p * (WC * CL * BC), mask=there, other=0.0),)
+    return b_h
+
+
+@triton.jit
+def zeros(WC: tl.constexpr, BC: tl.constexpr, P: tl.constexpr):
+    """Make the states before the first line."""
+    b_h = ()
+    for _ in tl.static_range(P):
+        b_h = b_h + (tl.zeros((BC, 32, WC), tl.float32),)
+    return b_h

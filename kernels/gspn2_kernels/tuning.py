@@ -1,0 +1,140 @@
+"""How the Triton kernels of the line scan share a shape out to warps: a table for the speed, rules that keep it right.
+
+Shapes: B batch, H W grid, C channels, G groups, M positions of the longer line.
+"""
+
+from typing import NamedTuple
+
+LANES = 32
+# With fewer warps than two for each of 132 multiprocessors, the time goes by the number of steps, not by the bytes.
+FEW_WARPS = 264
+
+
+class Plan(NamedTuple):
+    """Constants of a kernel, see `triton_tiles`.
+
+    Attributes:
+        WC: Warps of a program; they split the channels.
+        GRID: Programs that split a line; above 1, a scan takes several launches.
+        WP: Warps whose channels one group of loads covers, so that it reads longer runs of memory.
+        CL: Lanes that split the channels of a position.
+        BC: Channels of a lane.
+        P: Positions of a lane.
+        NS: Stages of the software pipeline: the loads of NS - 1 lines are under way.
+        AHEAD: Read a line one step before it is used; forward only.
+    """
+
+    WC: int
+    GRID: int
+    WP: int
+    CL: int
+    BC: int
+    P: int
+    NS: int
+    AHEAD: bool = False
+
+    @property
+    def tile(self) -> int:
+        """Channels of a warp."""
+        return self.CL * self.BC
+
+    def lines_per_launch(self, height: int, width: int) -> int:
+        """Lines that every segment can scan before it needs its neighbours' states."""
+        if self.GRID == 1:
+            return max(height, width)
+        held = LANES // self.CL * self.P
+        owned = [-(-positions // self.GRID) for positions in (height, width)]
+        return min((held - own) // min(2, self.GRID - 1) for own in owned)
+
+
+class Rule(NamedTuple):
+    """What is chosen for a class of shapes; the rest of a plan follows from the shape.
+
+    Attributes:
+        positions: Longest line of the class.
+        own: Positions of a segment's own at most; 0 keeps the line in one piece.
+        halo: Positions that a segment shares with a neighbour at least: lines of a launch.
+        cl: Lanes of a position at most.
+        vector: Bytes of a lane's channels at most.
+        warps: Warps of a program at most.
+        stages: Stages of the pipeline.
+        ahead: Read a line ahead.
+    """
+
+    positions: int
+    own: int
+    halo: int
+    cl: int
+    vector: int
+    warps: int
+    stages: int
+    ahead: bool = False
+
+
+ENDLESS = 1 << 30
+# By (backward, few warps), shortest lines first; chosen on an H100 with kernels/benchmarks/tune.py.
+RULES: dict[tuple[bool, bool], tuple[Rule, ...]] = {
+    (False, False): (
+        Rule(16, 0, 0, 2, 16, 4, 5),
+        Rule(160, 0, 0, 2, 16, 4, 3),
+        Rule(ENDLESS, 64, 16, 2, 16, 4, 3),
+    ),
+    (True, False): (
+        Rule(16, 0, 0, 2, 16, 4, 4),
+        Rule(80, 0, 0, 2, 16, 4, 3),
+        Rule(160, 80, 16, 2, 16, 4, 2),
+        Rule(ENDLESS, 64, 8, 2, 16, 4, 3),
+    ),
+    (False, True): (Rule(128, 0, 0, 1, 4, 1, 4, ahead=True), Rule(ENDLESS, 32, 16, 1, 8, 1, 4, ahead=True)),
+    (True, True): (Rule(128, 0, 0, 1, 8, 1, 3), Rule(ENDLESS, 32, 16, 1, 8, 1, 3)),
+}
+
+
+def plan(
+    batch: int, height: int, width: int, channels: int, groups: int, itemsize: int, *, backward: bool = False
+) -> Plan:
+    """Choose the constants of a kernel for a shape.
+
+    Args:
+        batch: B, at least 1.
+        height: H, at least 1.
+        width: W, at least 1.
+        channels: C.
+        groups: G, a divisor of C.
+        itemsize: Bytes of a number in memory.
+        backward: For the backward kernel instead of the forward one.
+    """
+    positions = max(height, width)
+    for few_warps in (False, True):
+        rule = next(rule for rule in RULES[backward, few_warps] if positions <= rule.positions)
+        chosen = _fit(rule, positions, channels, groups, itemsize)
+        if 4 * batch * chosen.GRID * -(-channels // chosen.tile) >= FEW_WARPS:
+            break
+    return chosen
+
+
+def _fit(rule: Rule, positions: int, channels: int, groups: int, itemsize: int) -> Plan:
+    """Fill in what follows from the shape; all channels of a warp belong to one group."""
+    group = channels // groups
+    vector = max(n for n in (1, 2, 4, 8, 16) if n * itemsize <= max(rule.vector, itemsize) and group % n == 0)
+    # The last warp may have lanes beyond C, which do nothing, but none that reach into another group.
+    lanes = max(
+        n for n in (1, 2) if n <= rule.cl and (group % (n * vector) == 0 or groups == 1 and n * vector <= channels)
+    )
+    tiles = -(-channels // (lanes * vector))
+    # As few idle warps as possible, then as many in a program as possible.
+    warps = min((n for n in (1, 2, 4) if n <= rule.warps), key=lambda n: (-(-tiles // n) * n, -n))
+    segments = 1
+    while rule.own and segments * rule.own < positions:
+        segments *= 2
+    held = -(-positions // segments) + min(2, segments - 1) * rule.halo
+    return Plan(
+        WC=warps,
+        GRID=segments,
+        WP=2 if warps == 4 else 1,
+        CL=lanes,
+        BC=vector,
+        P=-(-held * lanes // LANES),
+        NS=rule.stages,
+        AHEAD=rule.ahead,
+    )

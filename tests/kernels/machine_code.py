@@ -1,0 +1,91 @@
+"""Compiles the line scan for an H100, without one, and prints what its inner loop consists of as JSON.
+
+A program of its own, run by test_triton_code.py: a process in which Triton interprets cannot compile.
+"""
+
+import json
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from gspn2_kernels.triton_backward import line_scan_bwd_kernel
+from gspn2_kernels.triton_forward import line_scan_fwd_kernel
+from gspn2_kernels.tuning import Plan, plan
+
+BATCH_STRIDES = ("sxb", "slb", "sab", "sub", "syb")
+INTEGERS = ("first", "last", "launch", "H", "W", "segment", *BATCH_STRIDES)
+
+
+def main() -> None:
+    """Compile the throughput plans of bf16, 64 channels, 74 x 74."""
+    shape = (32, 74, 74, 64, 1, 2)
+    forward, backward = plan(*shape), plan(*shape, backward=True)
+    strides = {"C": 64, "GC": 64, "SX": 64, "SL": 256, "SLD": 64, "SA": 16, "SAD": 4, "SAG": 4, "SU": 256, "SUD": 64}
+    print(
+        json.dumps(
+            {
+                "infer": describe(line_scan_fwd_kernel, forward, {**strides, "SAVE": False}),
+                "train": describe(line_scan_fwd_kernel, forward, {**strides, "SAVE": True}),
+                "backward": describe(line_scan_bwd_kernel, backward, {**strides, "SY": 256, "SYD": 64}),
+            }
+        )
+    )
+
+
+def describe(kernel: triton.JITFunction, chosen: Plan, strides: dict[str, int]) -> dict[str, int]:
+    """Count registers, bytes of stack and the instructions of the longest loop."""
+    constants = {name: value for name, value in {**strides, **chosen._asdict()}.items() if name in kernel.arg_names}
+    types = {name: "*bf16" for name in kernel.arg_names}
+    types |= dict.fromkeys(INTEGERS, "i32") | {"state_scale": "fp32", "states": "*fp16", "scratch": "*fp32"}
+    types |= {"dlogits": "*fp32"} | dict.fromkeys(constants, "constexpr")
+    signature = {name: types[name] for name in kernel.arg_names}
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(kernel.arg_names)
+        if signature[name].startswith("*") or name in BATCH_STRIDES
+    }
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": chosen.WC})
+    return count(compiled.asm["cubin"])
+
+
+def count(cubin: bytes) -> dict[str, int]:
+    """Disassemble with the tools that Triton brings along."""
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        code = subprocess.run([tools / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True).stdout
+        usage = subprocess.run(
+            [tools / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True
+        )
+    resources = {key: int(re.search(rf"{key}:(\d+)", usage.stdout + usage.stderr)[1]) for key in ("REG", "STACK")}
+    return resources | Counter(longest_loop(code))
+
+
+def longest_loop(code: str) -> list[str]:
+    """List the operations between a label and the longest jump back to it."""
+    operations: list[str] = []
+    labels: dict[str, int] = {}
+    longest: list[str] = []
+    for line in code.splitlines():
+        if label := re.match(r"\s*(\.L_x_?\w*):", line):
+            labels[label[1]] = len(operations)
+        elif instruction := re.match(
+            r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+)[^;]*?(\.L_x_?\w*)?\)?\s*;", line
+        ):
+            operations.append(instruction[1])
+            start = labels.get(instruction[2] or "")
+            if instruction[1] == "BRA" and start is not None and len(operations) - start > len(longest):
+                longest = operations[start:]
+    return longest
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,36 @@
+"""The machine code of the line scan, which a compiler may ruin while every number stays right."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+
+@pytest.fixture(scope="module")
+def loops() -> dict[str, dict[str, int]]:
+    """What the inner loops consist of, compiled in a process that does not interpret."""
+    script = Path(__file__).parent / "machine_code.py"
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    run = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)
+
+
+# Five positions of a lane, with x, lam, u and the logits of each on their way to shared memory; for the backward, dy
+# and the states as well. Eight channels go to either side; the backward also moves two weights and two sums, and adds
+# three numbers up over the two lanes of each position.
+@pytest.mark.parametrize(
+    ("kernel", "copies", "shuffles"), [("infer", 20, 16), ("train", 20, 16), ("backward", 30, 16 + 4 + 15)]
+)
+def test_loop_copies_ahead_and_keeps_its_state_in_registers(loops, kernel: str, copies: int, shuffles: int) -> None:
+    loop = loops[kernel]
+    assert loop["STACK"] == 0
+    assert not {"LDL", "STL", "LDG", "STS"} & set(loop), "spills, loads that are waited for, or a change of layout"
+    assert loop["LDGSTS"] == copies
+    assert loop["SHFL"] == shuffles
+    assert loop["BAR"] <= 2

@@ -1,0 +1,239 @@
+"""The Triton kernels against the reference: in the interpreter, and on a GPU where there is one.
+
+Shapes: B batch, H W grid, C channels, G groups.
+"""
+
+import itertools
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from gspn2_kernels import backend, line_scan, line_scan_ref, register_backend
+from gspn2_kernels.eager import line_scan_bwd as eager_bwd
+from gspn2_kernels.eager import line_scan_fwd as eager_fwd
+from gspn2_kernels.line_scan import Training
+from gspn2_kernels.testing import assert_close, random_inputs
+from gspn2_kernels.tuning import Plan, plan
+
+pytest.importorskip("triton")
+kernels = pytest.importorskip("gspn2_kernels.triton_line_scan")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+NAMES = ("y", "dx", "dlam", "dlogits", "du")
+# Forward, gradients. The interpreter truncates to bf16 where a GPU rounds: twice the error.
+TOLERANCES = {
+    torch.float32: (2e-6, 1e-5),
+    torch.float16: (1e-3, 4e-3),
+    torch.bfloat16: (4e-3, 4e-3) if DEVICE == "cuda" else (8e-3, 8e-3),
+}
+# Plans are given, so that grids of a size that the interpreter can take still have several warps, positions of a
+# lane, segments and launches: (WC, GRID, WP, CL, BC, P, NS, AHEAD).
+CASES = [
+    pytest.param((2, 1, 7, 1), 1, 0, Plan(1, 1, 1, 1, 1, 1, 3), id="one row, one channel"),
+    pytest.param((1, 7, 1, 8), 1, 3, Plan(1, 1, 1, 2, 4, 1, 3), id="one column"),
+    pytest.param((1, 5, 14, 16), 1, 0, Plan(1, 1, 1, 2, 8, 1, 3), id="wide"),
+    pytest.param((1, 19, 3, 8), 1, 0, Plan(1, 1, 1, 2, 4, 2, 3), id="tall, two positions a lane"),
+    pytest.param((1, 4, 5, 32), 4, 1, Plan(4, 1, 2, 1, 8, 1, 3), id="a group a warp, every line restarts"),
+    pytest.param((1, 5, 7, 64), 1, 2, Plan(4, 1, 2, 2, 8, 1, 3), id="four warps, ragged last segment"),
+    pytest.param((1, 5, 4, 24), 1, 0, Plan(2, 1, 1, 2, 8, 1, 3), id="a warp half beyond the channels"),
+    pytest.param((1, 3, 4, 3), 3, 2, Plan(1, 1, 1, 1, 1, 1, 3), id="a group per channel"),
+    pytest.param((1, 11, 4, 16), 1, 0, Plan(1, 2, 1, 4, 4, 1, 3), id="a line in two programs"),
+    pytest.param((1, 5, 9, 16), 1, 4, Plan(1, 3, 1, 4, 4, 1, 2), id="a line in three programs"),
+    pytest.param((1, 4, 5, 4), 1, 2, Plan(1, 1, 1, 1, 4, 1, 3, AHEAD=True), id="a line read ahead"),
+]
+
+
+def run(inputs, dy: Tensor, segment: int, chosen: Plan | None) -> tuple[Tensor, ...]:
+    """Return y and the gradients, from memory that is poisoned."""
+    y, states = kernels.line_scan_train(*inputs, segment, chosen=chosen)
+    return y, *kernels.line_scan_bwd(dy, *inputs, segment, states, chosen=chosen)
+
+
+def reference(inputs, dy: Tensor, segment: int) -> tuple[Tensor, ...]:
+    inputs = [t.detach().double().requires_grad_() for t in inputs]
+    y = line_scan_ref(*inputs, segment)
+    return (y.detach(), *torch.autograd.grad(y, inputs, dy.double(), materialize_grads=True))
+
+
+def check(expected, actual, dtype: torch.dtype) -> None:
+    forward, gradients = TOLERANCES[dtype]
+    for name, ref, out in zip(NAMES, expected, actual, strict=True):
+        assert out.dtype == dtype
+        assert out.is_contiguous()
+        assert_close(name, ref, out, forward if name == "y" else gradients)
+
+
+def draw(shape, groups: int = 1, dtype: torch.dtype = torch.float32, *, packed: bool = False):
+    inputs = random_inputs(shape, groups, dtype, DEVICE, packed=packed)
+    dy = torch.randn(inputs[1].shape, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
+    return inputs, dy
+
+
+@pytest.mark.parametrize(("shape", "groups", "segment", "chosen"), CASES)
+def test_kernels_are_the_reference(shape, groups: int, segment: int, chosen: Plan) -> None:
+    inputs, dy = draw(shape, groups)
+    actual = run(inputs, dy, segment, chosen)
+    check(reference(inputs, dy, segment), actual, torch.float32)
+    assert torch.equal(kernels.line_scan_fwd(*inputs, segment, chosen=chosen), actual[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_16_bits_in_memory_32_in_the_state(dtype: torch.dtype) -> None:
+    inputs, dy = draw((1, 12, 5, 32), dtype=dtype, packed=True)
+    check(reference(inputs, dy, 0), run(inputs, dy, 0, Plan(2, 1, 1, 2, 8, 1, 3)), dtype)
+
+
+def test_two_runs_give_equal_bits() -> None:
+    inputs, dy = draw((1, 4, 7, 16))
+    first, second = (run(inputs, dy, 0, Plan(2, 1, 1, 2, 4, 1, 3)) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("level", [-300.0, -60.0, 60.0])
+def test_weights_of_extreme_logits(level: float) -> None:
+    """The sigmoids under- or overflow; their ratios do not. At the ends of a line, two neighbours are left."""
+    (x, lam, logits, u), dy = draw((1, 3, 4, 4))
+    logits = 3 * logits + level
+    logits[0, 1, 2, :, :, 1] = 5.0
+    logits[0, :, 0, :, :, 0] = 10.0  # a neighbour outside, above all that exist
+    inputs = (x, lam, logits, u)
+    check(reference(inputs, dy, 0), run(inputs, dy, 0, Plan(1, 1, 1, 1, 4, 1, 3)), torch.float32)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda x, lam, logits, u: (x, *(t.movedim(3, 0).contiguous().movedim(0, 3) for t in (lam, logits, u))),
+        lambda x, lam, logits, u: (x[:, ::2], lam[:, ::2], logits[:, ::2], u[:, ::2]),
+        lambda x, lam, logits, u: (x[:, :, 1:2], lam[:, :, 1:2], logits[:, :, 1:2], u[:, :, 1:2]),
+        lambda x, lam, logits, u: (x, lam, torch.cat([logits, logits], -1)[..., :3], u),
+        lambda x, lam, logits, u: (x.transpose(1, 2), *(t.transpose(1, 2) for t in (lam, logits, u))),
+    ],
+    ids=["directions outermost", "every other row", "one column of many", "room after the logits", "transposed"],
+)
+def test_strides_of_the_inputs_do_not_matter(make) -> None:
+    inputs = make(*draw((1, 4, 3, 8))[0])
+    dy = torch.ones(()).to(DEVICE).expand(inputs[1].shape)
+    check(reference(inputs, dy, 0), run(inputs, dy, 0, Plan(1, 1, 1, 2, 4, 1, 3)), torch.float32)
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 4, 2), (2, 0, 4, 2), (2, 3, 0, 2)], ids=str)
+def test_nothing_in_nothing_out(shape) -> None:
+    inputs, dy = draw(shape)
+    check(reference(inputs, dy, 0), run(inputs, dy, 0, None), torch.float32)
+
+
+def test_saved_states_of_large_values_stay_finite() -> None:
+    """Twenty lines of 4000 add up to 80000, and fp16 ends at 65504."""
+    (x, lam, logits, u), dy = draw((1, 20, 1, 2), dtype=torch.float16)
+    inputs = (torch.full_like(x, 4000.0), torch.ones_like(lam), logits, 0.1 * u)
+    dy = 1e-2 * dy
+    check(reference(inputs, dy, 0), run(inputs, dy, 0, Plan(1, 1, 1, 1, 2, 1, 3)), torch.float16)
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_table_gives_plans_that_cover_the_shape(itemsize: int, backward: bool) -> None:
+    channels, positions = (1, 5, 8, 24, 48, 64, 96, 1152), (1, 14, 37, 74, 81, 147, 161, 256, 1024, 4096)
+    for batch, c, m in itertools.product((1, 64), channels, positions):
+        for groups in {1, c}:
+            chosen = plan(batch, m, 3, c, groups, itemsize, backward=backward)
+            held, own, lines = 32 // chosen.CL * chosen.P, -(-m // chosen.GRID), chosen.lines_per_launch(m, 3)
+            assert own + (min(2, chosen.GRID - 1) * lines if chosen.GRID > 1 else 0) <= held
+            assert lines >= (8 if chosen.GRID > 1 else m)
+            assert c // groups % chosen.BC == 0
+            assert groups == 1 or c // groups % chosen.tile == 0
+            # The layouts in registers follow the loads only while some warps differ in their channels alone.
+            assert chosen.WP == 1 or 2 * chosen.WP <= chosen.WC
+
+
+@pytest.fixture
+def _on_this_device() -> Iterator[None]:
+    """Lets the torch op run the kernels where the tests run."""
+    if DEVICE == "cpu":
+        training = Training(kernels.line_scan_train, kernels.line_scan_bwd, kernels.empty_states)
+        register_backend("cpu", "triton", kernels.line_scan_fwd, kernels.line_scan_recomputed_bwd, training)
+    yield
+    if DEVICE == "cpu":
+        register_backend("cpu", "eager", eager_fwd, eager_bwd)
+
+
+@pytest.mark.usefixtures("_on_this_device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_op_trains_with_saved_states(dtype: torch.dtype) -> None:
+    assert backend(DEVICE) == "triton"
+    inputs, dy = draw((1, 3, 4, 4), 1, dtype, packed=True)
+    tracked = [t.detach().requires_grad_() for t in inputs]
+    y = line_scan(*tracked, 2)
+    assert any(t.shape == (1, 4, 12, 4) for t in y.grad_fn.saved_tensors)
+    actual = (y.detach(), *torch.autograd.grad(y, tracked, dy))
+    check(reference(inputs, dy, 2), actual, dtype)
+    # The plain op keeps nothing and scans again.
+    y = torch.ops.gspn2.line_scan(*tracked, 2)
+    for name, kept, again in zip(NAMES[1:], actual[1:], torch.autograd.grad(y, tracked, dy), strict=True):
+        assert torch.equal(kept, again), name
+
+
+@pytest.mark.usefixtures("_on_this_device")
+def test_opcheck_with_saved_states() -> None:
+    inputs, dy = draw((1, 2, 2, 2), dtype=torch.bfloat16, packed=True)
+    tracked = tuple(t.detach().requires_grad_() for t in inputs)
+    torch.library.opcheck(torch.ops.gspn2.line_scan_train.default, (*tracked, 2))
+    _, states = kernels.line_scan_train(*inputs, 2)
+    torch.library.opcheck(torch.ops.gspn2.line_scan_backward.default, (dy, *inputs, 2, states))
+
+
+@pytest.mark.usefixtures("_on_this_device")
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast"])
+def test_training_compiles_as_one_graph(autocast: bool) -> None:
+    torch._dynamo.reset()
+    inputs, dy = draw((1, 3, 4, 2))
+    expected = reference([t.to(torch.bfloat16) if autocast else t for t in inputs], dy, 0)
+    compiled = torch.compile(line_scan, fullgraph=True, backend="aot_eager")
+    tracked = [t.detach().requires_grad_() for t in inputs]
+    with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
+        y = compiled(*tracked)
+    gradients = torch.autograd.grad(y, tracked, dy.to(y.dtype))
+    for name, ref, out in zip(NAMES, expected, (y, *gradients), strict=True):
+        assert_close(name, ref, out, 2e-2 if autocast else 1e-5)
+
+
+@pytest.mark.usefixtures("_on_this_device")
+def test_fp64_runs_in_plain_torch() -> None:
+    inputs, dy = draw((1, 3, 4, 2), dtype=torch.float64)
+    tracked = [t.detach().requires_grad_() for t in inputs]
+    y = line_scan(*tracked)
+    for name, ref, out in zip(NAMES, reference(inputs, dy, 0), (y, *torch.autograd.grad(y, tracked, dy)), strict=True):
+        assert_close(name, ref, out, 1e-12)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", list(TOLERANCES), ids=str)
+@pytest.mark.parametrize(
+    ("shape", "groups", "segment"),
+    [
+        ((3, 14, 14, 96), 1, 0),
+        ((40, 14, 21, 64), 2, 5),
+        ((2, 37, 24, 48), 1, 0),
+        ((20, 74, 53, 64), 1, 0),
+        ((5, 147, 147, 64), 1, 0),
+        ((1, 64, 64, 32), 1, 0),
+        ((1, 130, 90, 24), 3, 64),
+        ((1, 40, 517, 8), 1, 0),
+        ((2, 300, 33, 5), 5, 0),
+        ((24, 33, 200, 64), 1, 7),
+    ],
+    ids=str,
+)
+def test_tuned_kernels_on_a_gpu(shape, groups: int, segment: int, dtype: torch.dtype) -> None:
+    inputs, dy = draw(shape, groups, dtype, packed=True)
+    expected = reference(inputs, dy, segment)
+    actual = run(inputs, dy, segment, None)
+    forward, gradients = TOLERANCES[dtype]
+    for name, ref, out in zip(NAMES, expected, actual, strict=True):
+        limit = 1e-2 if name == "dlogits" and dtype != torch.float32 else gradients
+        assert_close(name, ref, out, forward if name == "y" else limit)
+    again = run(inputs, dy, segment, None)
+    assert all(torch.equal(a, b) for a, b in zip(actual, again, strict=True))
