@@ -81,7 +81,7 @@ def line_scan(x: Tensor, lam: Tensor, logits: Tensor, u: Tensor, segment: int = 
     """
     y: Tensor
     # Autocast first: its rule comes back here with tensors of one dtype. An export wants the one plain node.
-    if not torch.is_autocast_enabled(x.device.type) and not torch.compiler.is_exporting():
+    if not autocast_wanted(x.device.type) and not torch.compiler.is_exporting():
         wanted = torch.is_grad_enabled() and any(t.requires_grad for t in (x, lam, logits, u))
         if wanted and _backend(x.device, x.dtype).training is not None:
             y, _ = torch.ops.gspn2.line_scan_train(x, lam, logits, u, segment)
@@ -106,6 +106,11 @@ def register_backend(
 def backend(device: str | torch.device = "cpu") -> str:
     """Name the backend that the op uses on a device: "triton" or "eager", or what `register_backend` named."""
     return _backend(torch.device(device)).name
+
+
+def autocast_wanted(device_type: str) -> bool:
+    """Tell whether autocast is on for a type of device; some types, such as "meta", know no autocast."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def _backend(device: torch.device, dtype: torch.dtype = torch.float32) -> _Backend:

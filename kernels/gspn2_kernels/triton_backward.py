@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from gspn2_kernels.triton_tiles import (
+    SIZES,
     complements,
     direction,
     get,
@@ -29,7 +30,7 @@ from gspn2_kernels.triton_tiles import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def line_scan_bwd_kernel(
     x, lam, logits, u, dy, states, dx, dlam, du, dlogits, scratch, first, last, launch, H, W, segment, state_scale,
     sxb, slb, sab, sub, syb, C: tl.constexpr, GC: tl.constexpr, SX: tl.constexpr, SL: tl.constexpr, SLD: tl.constexpr,

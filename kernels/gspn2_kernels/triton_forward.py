@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from gspn2_kernels.triton_tiles import (
+    SIZES,
     direction,
     get,
     neighbour_lanes,
@@ -22,7 +23,7 @@ from gspn2_kernels.triton_tiles import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def line_scan_fwd_kernel(
     x, lam, logits, u, y, states, scratch, first, last, launch, H, W, segment, state_scale, sxb, slb, sab, sub,
     C: tl.constexpr, GC: tl.constexpr, SX: tl.constexpr, SL: tl.constexpr, SLD: tl.constexpr, SA: tl.constexpr,

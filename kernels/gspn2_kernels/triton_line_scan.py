@@ -61,12 +61,14 @@ def _forward(
     constants = {**_strides(x, lam, logits, u), **chosen._asdict(), "SAVE": states is not None, "num_warps": chosen.WC}
     _check_offsets(x, lam, logits, u, y)
     scratch = _scratch(x, chosen)
-    for launch, first, last in _launches(x, chosen):
-        line_scan_fwd_kernel[_grid(x, chosen)](
-            x, lam, logits, u, y, y if states is None else states, scratch, first, last, launch, height, width,
-            segment or height + width, 1 / _state_scale(x), x.stride(0), lam.stride(0), logits.stride(0), u.stride(0),
-            **constants,
-        )  # fmt: skip
+    # Triton launches on the current device, which need not be that of x.
+    with torch.cuda.device_of(x):
+        for launch, first, last in _launches(x, chosen):
+            line_scan_fwd_kernel[_grid(x, chosen)](
+                x, lam, logits, u, y, y if states is None else states, scratch, first, last, launch, height, width,
+                segment or height + width, 1 / _state_scale(x), x.stride(0), lam.stride(0), logits.stride(0),
+                u.stride(0), **constants,
+            )  # fmt: skip
     return y
 
 
@@ -106,13 +108,14 @@ def line_scan_bwd(
     tiles = triton.cdiv(channels, chosen.tile)
     weight_shares = torch.empty(tiles, batch, 4, height * width, 4, dtype=torch.float32, device=x.device)
     scratch = _scratch(x, chosen)
-    for launch, first, last in _launches(x, chosen):
-        line_scan_bwd_kernel[_grid(x, chosen)](
-            x, lam, logits, u, dy, states, shares, dlam, du, weight_shares, scratch, first, last, launch, height,
-            width, segment or height + width, _state_scale(x), x.stride(0), lam.stride(0), logits.stride(0),
-            u.stride(0), dy.stride(0), **constants, num_warps=chosen.WC,
-        )  # fmt: skip
-    _sum_shares(shares, weight_shares, dx, dlogits)
+    with torch.cuda.device_of(x):
+        for launch, first, last in _launches(x, chosen):
+            line_scan_bwd_kernel[_grid(x, chosen)](
+                x, lam, logits, u, dy, states, shares, dlam, du, weight_shares, scratch, first, last, launch, height,
+                width, segment or height + width, _state_scale(x), x.stride(0), lam.stride(0), logits.stride(0),
+                u.stride(0), dy.stride(0), **constants, num_warps=chosen.WC,
+            )  # fmt: skip
+        _sum_shares(shares, weight_shares, dx, dlogits)
     return dx, dlam, dlogits, du
 
 

@@ -12,6 +12,9 @@ State tensors are (BC, 32, WC), memory tensors (rows, BC), since a load wants it
 import triton
 import triton.language as tl
 
+# Arguments whose values are not worth a compilation of their own: a new image size runs the code of the last.
+SIZES = ("first", "last", "launch", "H", "W", "segment")
+
 
 @triton.jit
 def lanes(WC: tl.constexpr, WP: tl.constexpr, CL: tl.constexpr):
