@@ -1,6 +1,7 @@
-"""The GSPN-2 line scan: reference, torch op and backends."""
+"""The operators of a GSPN-2 mixer: the line scan and the local part, as torch ops with backends."""
 
 from gspn2_kernels.line_scan import backend, line_scan, register_backend
+from gspn2_kernels.local import local_perception, local_residual
 from gspn2_kernels.reference import line_scan_ref
 
-__all__ = ["backend", "line_scan", "line_scan_ref", "register_backend"]
+__all__ = ["backend", "line_scan", "line_scan_ref", "local_perception", "local_residual", "register_backend"]
