@@ -50,7 +50,8 @@ def cost(model: VisionTransformer, height: int, width: int) -> Cost:
     """
     grid = grid_size(model, height, width)
     counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter:
+    # Without gradients a block adds its mixer to the stream in one go, and the counter does not see the module.
+    with torch.enable_grad(), counter:
         _run_on_meta(model, height, width)
     flops = counter.get_flop_counts()
     names = {module: name for name, module in model.named_modules()}

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from timm.layers import Attention
 from torch import Tensor, nn
 
-from gspn2_kernels import line_scan
+from gspn2_kernels import line_scan, local_perception, local_residual
 from gspn2convert.prefix import PrefixRead
 
 DIRECTIONS = 4
@@ -101,22 +101,51 @@ class Gspn2Mixer(nn.Module):
         Returns:
             (B, N, C), in place of the attention layer's output, before LayerScale.
         """
-        height, width = grid
-        prefix = x.shape[1] - height * width
-        patches = x[:, prefix:]
-        out = self.propagate(patches.unflatten(1, grid)).flatten(1, 2)
+        base, row, prefix_out = self._read(x, grid)
+        if self.lpu is not None:
+            base = local_perception(self._patches(x, grid), self.lpu.weight, base)
+        out = base.flatten(1, 2)
+        if row is not None:
+            out = out + row.unsqueeze(1)
+        return out if prefix_out is None else torch.cat([prefix_out, out], 1)
+
+    def add_to(self, residual: Tensor, x: Tensor, grid: tuple[int, int], gamma: Tensor | None) -> Tensor:
+        """Compute residual + gamma * self(x, grid) in fewer passes over memory, for inference.
+
+        Args:
+            residual: (B, N, C) stream of the block.
+            x: As in `forward`.
+            grid: As in `forward`.
+            gamma: LayerScale (C,), or None for 1.
+        """
+        base, row, prefix_out = self._read(x, grid)
+        weight = None if self.lpu is None else self.lpu.weight
+        out = local_residual(self._patches(x, grid), weight, base, row, self._patches(residual, grid), gamma)
+        if prefix_out is None:
+            return out.flatten(1, 2)
+        scaled = prefix_out if gamma is None else gamma * prefix_out
+        return torch.cat([residual[:, : scaled.shape[1]] + scaled, out.flatten(1, 2)], 1)
+
+    def _read(self, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """All parts but the LPU: for each patch (B, H, W, C), for all patches alike (B, C), for prefix tokens."""
+        patches = self._patches(x, grid)
+        base = self.propagate(patches)
+        row = None
         if self.shared is not None:
-            summary = [patches.mean(1)] + ([x[:, 0]] if self.prefix is not None else [])
-            out = out + self.shared(torch.cat(summary, -1)).unsqueeze(1)
+            summary = [patches.mean((1, 2))] + ([x[:, 0]] if self.prefix is not None else [])
+            row = self.shared(torch.cat(summary, -1))
         if self.prefix is None:
-            return out
-        prefix_out, prefix_share = self.prefix(x, prefix)
-        if prefix_share is not None:
-            out = out + prefix_share
-        return torch.cat([prefix_out, out], 1)
+            return base, row, None
+        prefix_out, share = self.prefix(x, x.shape[1] - grid[0] * grid[1])
+        return base if share is None else base + share.unflatten(1, grid), row, prefix_out
+
+    @staticmethod
+    def _patches(x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Tokens (B, N, C) without the prefix, on their grid (B, H, W, C)."""
+        return x[:, x.shape[1] - grid[0] * grid[1] :].unflatten(1, grid)
 
     def propagate(self, a: Tensor) -> Tensor:
-        """The scan and the LPU of patches (B, H, W, C) on their grid; the merge's bias included."""
+        """The scan of patches (B, H, W, C) on their grid, merged; the merge's bias included."""
         height, width = a.shape[1], a.shape[2]
         latent = self.down(a)
         # Three products instead of one: each result is contiguous, which the scan reads fastest, and no gradient of
@@ -133,10 +162,7 @@ class Gspn2Mixer(nn.Module):
             u.unflatten(-1, (DIRECTIONS, self.proxy_dim)),
             self.segment,
         )
-        out = F.linear(y.flatten(-2), self.merge_weight(height, width), self.proj.bias)
-        if self.lpu is not None:
-            out = out + self.lpu(a.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return out
+        return F.linear(y.flatten(-2), self.merge_weight(height, width), self.proj.bias)
 
     def merge_weight(self, height: int, width: int) -> Tensor:
         """Weight (C, 4R) of the merge, each direction over its number of lines.

@@ -91,9 +91,17 @@ class GspnBlock(Block):
         return self._mix(x, grid)
 
     def _mix(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), grid)))
+        assert isinstance(self.attn, Gspn2Mixer)
+        if torch.is_grad_enabled() or self.training or self._is_tapped():
+            x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), grid)))
+        else:
+            x = self.attn.add_to(x, self.norm1(x), grid, getattr(self.ls1, "gamma", None))
         out: Tensor = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
         return out
+
+    def _is_tapped(self) -> bool:
+        """Whether somebody listens to what the mixer or LayerScale returns."""
+        return bool(self.attn._forward_hooks or self.ls1._forward_hooks)
 
 
 def _recomputes(block: KeptBlock | GspnBlock) -> bool:

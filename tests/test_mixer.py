@@ -69,6 +69,23 @@ def test_mixer_follows_its_formula(prefix: int, options: dict[str, int | bool | 
     assert_close("mixer", reference(mixer, x, grid), mixer(x, grid), 1e-5)
 
 
+@pytest.mark.parametrize("gamma", [True, False], ids=["LayerScale", "none"])
+@pytest.mark.parametrize(
+    ("prefix", "options"),
+    [(0, {}), (2, {}), (1, {"lpu": False, "global_branch": False, "prefix_gate": False})],
+    ids=["no prefix", "prefix", "paper"],
+)
+@torch.no_grad()
+def test_adding_to_the_stream_is_the_mixer_and_a_sum(
+    prefix: int, options: dict[str, int | bool | str], gamma: bool
+) -> None:
+    mixer = make_mixer(has_prefix=prefix > 0, **options)
+    x, stream = torch.randn(2, 2, prefix + 15, DIM) + 0.5
+    scale = torch.randn(DIM) if gamma else None
+    expected = stream + mixer(x, (5, 3)) * (1 if scale is None else scale)
+    assert_close("stream", expected, mixer.add_to(stream, x, (5, 3), scale), 1e-6)
+
+
 def test_a_narrow_proxy_is_controlled_by_the_tokens() -> None:
     assert make_mixer(proxy_dim=2).from_latent
     assert not make_mixer(proxy_dim=1).from_latent
