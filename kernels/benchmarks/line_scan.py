@@ -1,188 +1,185 @@
-"""Time the line scan: every backend of a device against the reference, forward and forward + backward.
+"""Time the line scan: every backend of a device, the reference and the released GSPN-1, against the time of a copy.
 
     python kernels/benchmarks/line_scan.py --device cpu --threads 1 --output kernels/benchmarks/results/cpu.json
+    python kernels/benchmarks/line_scan.py --device cuda --output kernels/benchmarks/results/h100.json [--gspn1 PATH]
 
-A backend is timed on a shape only after its result and gradients on that shape's first image agree with the fp64
-reference. Caches are warm, as in a network that has just written the inputs.
+A provider is timed on a case only after its result and gradients agree with the fp64 reference; a wrong one ends the
+run. `share_of_floor` is the time in which a copy would move the bytes that the pass must move, over the time taken.
+What was not timed has a row that says why.
 
-Shapes: B batch, H W grid, C channels, G = 1 group.
+Passes: `infer` without gradients; `train`, a forward that saves what its backward needs; `backward` alone.
 """
 
 import argparse
-import datetime
-import json
-import platform
-import statistics
-import subprocess
-import time
+import math
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from cases import LAYOUTS, Case, Inputs, draw, draw_dy
+from checks import check
+from conditions import DEVICES, DTYPES, conditions, numbers, set_up, write
+from gspn1 import gspn1
+from providers import Provider, attempt, names, provider, refusal
+from timing import Call, measure, own_stream, peak_bytes
 from torch import Tensor
 
-from gspn2_kernels import backend, line_scan, line_scan_ref, register_backend
-from gspn2_kernels.eager import line_scan_bwd, line_scan_fwd
-from gspn2_kernels.testing import assert_close, random_inputs
-
-Shape = tuple[int, int, int, int]
-Scan = Callable[..., Tensor]
-
-# (B, H, W, C). CPU: proxies of small ViTs at 224 pixels, training and one image; a wide grid; 518 and 1024 pixels.
-SHAPES: dict[str, list[Shape]] = {
-    "cpu": [(64, 14, 14, 32), (1, 14, 14, 32), (16, 14, 21, 32), (8, 37, 37, 32), (1, 64, 64, 32)],
-    "cuda": [(256, 14, 14, 64), (32, 37, 37, 64), (32, 74, 74, 64), (32, 74, 98, 64), (32, 147, 147, 64)]
-    + [(1, 64, 64, 32), (1, 128, 128, 64), (8, 256, 256, 64), (16, 1024, 1024, 8)],
+# CPU: proxies of small ViTs at 224 pixels, training and one image; a wide grid; 518 and 1024 pixels.
+# CUDA: 1024 and 2048 pixels, a large and a small grid, one image, long lines, GSPN-2's own shape.
+SHAPES = {
+    "cpu": [
+        Case(shape, "fp32")
+        for shape in ((64, 14, 14, 32), (1, 14, 14, 32), (16, 14, 21, 32), (8, 37, 37, 32), (1, 64, 64, 32))
+    ],
+    "cuda": [
+        *(Case(shape, "bf16", "contiguous") for shape in ((32, 74, 74, 64), (32, 147, 147, 64), (8, 256, 256, 64))),
+        *(Case(shape, "bf16", "contiguous") for shape in ((256, 14, 14, 64), (1, 64, 64, 32), (1, 512, 512, 8))),
+        Case((4, 64, 64, 96), "bf16", "contiguous"),
+        Case((16, 1024, 1024, 8), "fp32", "planar"),
+    ],
 }
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-SECONDS, RUNS_AT_LEAST, WARM_UP = 2.0, 10, 3
+PASSES = {"cpu": ["infer", "train", "backward", "forward+backward"], "cuda": ["infer", "train", "backward"]}
+SECONDS = {"cpu": 2.0, "cuda": 0.3}
+# A reference that takes longer than this is left out.
+LIMIT_MS = 1e3
+HEAD = f"{'provider':<10} {'case':<31} {'pass':<16} {'ms':>9} {'20 to 80 %':>19} {'python':>9} {'GB/s':>7} {'floor':>6}"
+
+
+class Setting(NamedTuple):
+    """How a run times.
+
+    Attributes:
+        device: Where.
+        copy_gb_per_s: Bandwidth of a copy there.
+        seconds: Time for each row.
+        passes: Which ones.
+    """
+
+    device: torch.device
+    copy_gb_per_s: float
+    seconds: float
+    passes: list[str]
 
 
 def main() -> None:
-    """Parse the command line, time, print a table and write the JSON."""
+    """Parse the command line, time, write the JSON and print a table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", choices=DTYPES, default="fp32")
-    parser.add_argument("--shapes", nargs="+", type=_shape, metavar="BxHxWxC", help="default: a list for the device")
+    parser.add_argument("--device", choices=DEVICES, default="cpu", help="[%(default)s]")
     parser.add_argument("--threads", type=int, help="CPU threads; default: PyTorch's own choice")
-    parser.add_argument("--output", type=Path, help="JSON file for the results")
-    arguments = parser.parse_args()
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    device = torch.device(arguments.device)
-    rows = []
-    for row in run(arguments.shapes or SHAPES[device.type], device, arguments.dtype):
-        rows.append(row)
-        shape = "x".join(map(str, row["shape"]))
-        print(
-            f"{row['provider']:>10} {shape:>14} {row['pass']:<16} {row['ms']:9.3f} ms"
-            f" ({row['ms_20']:.3f} to {row['ms_80']:.3f}) {row['gb_per_s']:8.1f} GB/s",
-            flush=True,
-        )
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps({**conditions(device, arguments.dtype), "rows": rows}, indent=1) + "\n")
-
-
-def run(shapes: list[Shape], device: torch.device, dtype: str) -> Iterator[dict[str, Any]]:
-    """Check and time every provider on every shape; one row for each pass."""
-    for provider, scan in providers(device):
-        for shape in shapes:
-            inputs = random_inputs(shape, dtype=DTYPES[dtype], device=device, packed=True)
-            check(scan, tuple(t[:1] for t in inputs))
-            for name, forward_backward in (("forward", False), ("forward+backward", True)):
-                times = measure(step(scan, inputs, forward_backward), device)
-                low, *_, high = statistics.quantiles(times, n=5)
-                median = statistics.median(times)
-                yield {
-                    "provider": provider,
-                    "shape": shape,
-                    "pass": name,
-                    "ms": round(median, 4),
-                    "ms_20": round(low, 4),
-                    "ms_80": round(high, 4),
-                    "gb_per_s": round(bytes_moved(shape, DTYPES[dtype], forward_backward) / median / 1e6, 2),
-                    "runs": len(times),
-                }
-
-
-def providers(device: torch.device) -> Iterator[tuple[str, Scan]]:
-    """List what can run on the device. Eager comes last: it takes the place of the device's own backend."""
-    yield "reference", line_scan_ref
-    if backend(device) != "eager":
-        yield backend(device), line_scan
-    register_backend(device.type, "eager", line_scan_fwd, line_scan_bwd)
-    yield "eager", line_scan
-
-
-def with_gradients(scan: Scan, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Return y and the gradients of x, lam, logits and u for dy = 1."""
-    inputs = tuple(t.detach().requires_grad_() for t in inputs)
-    y = scan(*inputs)
-    return (y, *torch.autograd.grad(y, inputs, torch.ones_like(y)))
-
-
-def check(scan: Scan, inputs: tuple[Tensor, ...]) -> None:
-    """Compare with the reference in fp64; raises AssertionError."""
-    # The reference itself, in fp32, misses the logits' tolerance on long scans; 3e-5 covers 1024 lines.
-    tolerances = {"dlogits": 3e-5} if inputs[0].dtype == torch.float32 else {}
-    expected = with_gradients(line_scan_ref, tuple(t.double() for t in inputs))
-    for name, ref, out in zip(
-        ("y", "dx", "dlam", "dlogits", "du"), expected, with_gradients(scan, inputs), strict=True
-    ):
-        assert_close(name, ref, out, tolerances.get(name))
-
-
-def step(scan: Scan, inputs: tuple[Tensor, ...], forward_backward: bool) -> Callable[[], object]:
-    """Make the function that is timed."""
-    if forward_backward:
-        return lambda: with_gradients(scan, inputs)
-    return lambda: scan(*inputs)
-
-
-def measure(function: Callable[[], object], device: torch.device) -> list[float]:
-    """Return the milliseconds of each run, after a warm-up, for about SECONDS."""
-    for _ in range(WARM_UP):
-        function()
-    times: list[float] = []
-    while len(times) < RUNS_AT_LEAST or sum(times) < 1e3 * SECONDS:
-        _wait(device)
-        start = time.perf_counter()
-        function()
-        _wait(device)
-        times.append(1e3 * (time.perf_counter() - start))
-    return times
-
-
-def bytes_moved(shape: Shape, dtype: torch.dtype, forward_backward: bool) -> int:
-    """Count every input read once and every output written once, per pass.
-
-    Forward: x C, lam 4C, u 4C, y 4C and logits 12 numbers a pixel. Backward: the same inputs and dy 4C, and the
-    gradients of the inputs 9C + 12. Memory for h is a backend's own affair and not counted.
-    """
-    batch, height, width, channels = shape
-    forward, backward = 13 * channels + 12, 22 * channels + 24
-    numbers = forward + backward if forward_backward else forward
-    return batch * height * width * numbers * dtype.itemsize
-
-
-def conditions(device: torch.device, dtype: str) -> dict[str, Any]:
-    """Describe where, when and with what the numbers were taken."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    parser.add_argument("--commit", help="of the source, for a copy without its git history; default: ask git")
+    parser.add_argument("--output", type=Path, help="JSON file for the results, written as they come")
+    shape = numbers("BxHxWxC", "64x14x14x32")
+    parser.add_argument("--providers", nargs="+", help="default: all; on a CPU without `compiled`, which takes minutes")
+    parser.add_argument("--shapes", nargs="+", type=shape, metavar="BxHxWxC", help="default: a list for the device")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: those of the list, else fp32 on a CPU, bf16 on a GPU")
+    parser.add_argument("--layout", choices=LAYOUTS, help="default: those of the list, else contiguous")
+    parser.add_argument("--passes", nargs="+", choices=PASSES["cpu"], help="default: what fits the device")
+    parser.add_argument("--gspn1", type=Path, metavar="PATH", help="built GSPN-1 extension, see gspn1.py")
+    parser.add_argument("--seconds", type=float, help="time for each row [2 on a CPU, 0.3 on a GPU]")
+    parser.add_argument(
+        "--compile-lines", type=int, default=40, help="longest grid to compile the reference for [%(default)s]"
     )
+    arguments = parser.parse_args()
+    device = set_up(parser, arguments)
+    arguments.providers = chosen(arguments, device)
+    found, rows = conditions(device, arguments.commit), []
+    try:
+        for row in run(arguments, device, found["copy_gb_per_s"]):
+            rows.append(row)
+            print(line(row), file=sys.stderr, flush=True)
+            write(arguments.output, found, rows)
+    finally:
+        print(f"{found['device']}, copy {found['copy_gb_per_s']} GB/s, torch {found['torch']}", HEAD, sep="\n")
+        print(*map(line, rows), sep="\n")
+
+
+def cases(arguments: argparse.Namespace, device: torch.device) -> list[Case]:
+    """List what is timed, the options applied."""
+    default = "bf16" if device.type == "cuda" else "fp32"
+    listed = [Case(shape, default) for shape in arguments.shapes or []] or SHAPES[device.type]
+    return [
+        case._replace(dtype=arguments.dtype or case.dtype, layout=arguments.layout or case.layout) for case in listed
+    ]
+
+
+def chosen(arguments: argparse.Namespace, device: torch.device) -> list[str]:
+    """List the providers that will run.
+
+    Raises:
+        SystemExit: One of them is not there.
+    """
+    there = names(device) + ["gspn1"] * (arguments.gspn1 is not None)
+    wanted = arguments.providers or [name for name in there if name != "compiled" or device.type == "cuda"]
+    missing = ", ".join(sorted(set(wanted) - set(there)))
+    if missing:
+        raise SystemExit(f"--providers: no {missing} here, only {', '.join(there)} (and gspn1 with --gspn1 PATH)")
+    return wanted
+
+
+def run(arguments: argparse.Namespace, device: torch.device, copy_gb_per_s: float) -> Iterator[dict[str, Any]]:
+    """Time every provider on every case: one row for each pass."""
+    setting = Setting(
+        device=device,
+        copy_gb_per_s=copy_gb_per_s,
+        seconds=arguments.seconds or SECONDS[device.type],
+        passes=arguments.passes or PASSES[device.type],
+    )
+    released = gspn1(arguments.gspn1) if "gspn1" in arguments.providers else None
+    for case in cases(arguments, device):
+        inputs, dy = draw(case, device), draw_dy(case, device)
+        for name in arguments.providers:
+            who = released if name == "gspn1" else provider(name, device, arguments.compile_lines)
+            assert who is not None
+            yield from timed(who, case, inputs, dy, setting)
+
+
+def timed(who: Provider, case: Case, inputs: Inputs, dy: Tensor, setting: Setting) -> list[dict[str, Any]]:
+    """Check one provider on one case, then time its passes."""
+    title = {"provider": who.name, **case._asdict(), "directions": who.directions}
+    rows = []
+    with own_stream(setting.device, default=not who.capture):
+        checked, reason = {}, refusal(who, case)
+        if reason is None:
+            checked, reason = attempt(lambda: check(who, case, inputs, dy))
+        makers = {} if reason else who.passes(who.scan, inputs, dy)
+        for name in setting.passes:
+            found: dict[str, Any] = {}
+            why = reason
+            if name in makers:
+                found, why = attempt(lambda make=makers[name], name=name: figures(who, case, name, make, setting))
+            if found or why:
+                rows.append({**title, "pass": name, **({"skipped": why} if why else {**found, **checked})})
+    return rows
+
+
+def figures(who: Provider, case: Case, name: str, make: Callable[[], Call], setting: Setting) -> dict[str, Any]:
+    """Time one pass; returns its figures."""
+    call = make()
+    limit = LIMIT_MS if who.slow else math.inf
+    times = measure(call, setting.device, setting.seconds, capture=who.capture, limit_ms=limit)
+    work = who.work(case, name)
+    rates = {key: count / times["ms"] / 1e6 for key, count in work.items()}
+    floors = {key.replace("bytes", "share_of_floor"): rate / setting.copy_gb_per_s for key, rate in rates.items()}
     return {
-        "device": name,
-        "threads": torch.get_num_threads(),
-        "dtype": dtype,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "commit": commit.stdout.strip() or None,
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
-        "ms": "median, 20 % and 80 % quantiles of single calls, warm caches",
+        **times,
+        **work,
+        "gb_per_s": round(rates["bytes"], 2),
+        **{key: round(share, 4) for key, share in floors.items()},
+        "peak_bytes": peak_bytes(call, setting.device),
     }
 
 
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _shape(text: str) -> Shape:
-    try:
-        batch, height, width, channels = map(int, text.split("x"))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no shape, expected BxHxWxC, such as 64x14x14x32") from None
-    return batch, height, width, channels
+def line(row: dict[str, Any]) -> str:
+    """Put a row into one line of the table."""
+    case = Case(row["shape"], row["dtype"], row["layout"])
+    start = f"{row['provider']:<10} {case.label():<31} {row['pass']:<16}"
+    if "skipped" in row:
+        return f"{start} skipped: {row['skipped']}"
+    spread = f"{row['ms_20']:.4f} to {row['ms_80']:.4f}"
+    python = f"{row['eager_ms']:.4f}" if "eager_ms" in row else ""
+    return f"{start} {row['ms']:9.4f} {spread:>19} {python:>9} {row['gb_per_s']:7.1f} {row['share_of_floor']:6.1%}"
 
 
 if __name__ == "__main__":

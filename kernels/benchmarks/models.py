@@ -1,0 +1,62 @@
+"""Time a converted ViT-B/16 against the ViT-B/16 itself, at sizes from 224 to 2048 pixels.
+
+    python kernels/benchmarks/models.py --output kernels/benchmarks/results/models.json
+
+All layers are converted, with the proxy dimension of recipe `default` (C/8 = 96). The weights are random: the time does
+not depend on them. Both models run in CUDA graphs, the teacher with PyTorch's fused attention.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+
+from gspn2convert.bench import bench, crossover
+from gspn2convert.model import build_student
+
+# Pixels and images a call: about the same number of tokens each.
+SIZES = ((224, 64), (512, 16), (1024, 4), (2048, 1))
+
+
+def main() -> None:
+    """Parse the command line, time, print a line for each size and write the JSON."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--model", default="vit_base_patch16_224", help="name of a timm ViT")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="bf16")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[size for size, _ in SIZES], help="pixels")
+    parser.add_argument("--output", type=Path, help="JSON file for the results")
+    arguments = parser.parse_args()
+    results = run(arguments.model, torch.device(arguments.device), arguments.dtype, arguments.sizes)
+    if arguments.output:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        arguments.output.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def run(model: str, device: torch.device, dtype: str, sizes: list[int]) -> dict[str, Any]:
+    """Time both models at every size."""
+    teacher = timm.create_model(model, dynamic_img_size=True).eval()
+    vars(teacher).setdefault("_model_args", {"dynamic_img_size": True})  # timm records them since 1.0.31
+    student = build_student(teacher, range(len(teacher.blocks)), {"proxy_dim": teacher.embed_dim // 8})
+    rows, environment = [], {}
+    for size in sizes:
+        batch = dict(SIZES).get(size, 1)
+        figures = bench(student, teacher, [(size, size)], batch_size=batch, device=device, dtype=dtype)
+        environment = figures["environment"]
+        row = {"batch_size": batch, **figures["sizes"][0]}
+        rows.append(row)
+        print(
+            f"{size:5d} px, batch {batch:2d}: teacher {row['teacher']['median_ms']:8.3f} ms,"
+            f" student {row['student']['median_ms']:8.3f} ms, {row['speedup']:.2f}x",
+            flush=True,
+        )
+    found = crossover(rows)
+    print(found["verdict"])
+    return {"model": model, "dtype": dtype, "sizes": rows, "crossover": found, "environment": environment}
+
+
+if __name__ == "__main__":
+    main()
