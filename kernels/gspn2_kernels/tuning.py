@@ -6,8 +6,8 @@ Shapes: B batch, H W grid, C channels, G groups, M positions of the longer line.
 from typing import NamedTuple
 
 LANES = 32
-# With fewer warps than two for each of 132 multiprocessors, the time goes by the number of steps, not by the bytes.
-FEW_WARPS = 264
+# With fewer warps than this the time goes by the number of steps: lanes that hold less and take them faster pay.
+FEW_WARPS = 64
 
 
 class Plan(NamedTuple):

@@ -104,7 +104,7 @@ def kernels(found: Document) -> list[str]:
     """Time of the fused kernels, and the share of the speed at which a copy would move the same bytes."""
     rows = [one for one in found["rows"] if one["provider"] == "triton"]
     cases = list(dict.fromkeys(f"{'x'.join(map(str, one['shape']))}, {one['dtype']}" for one in rows))
-    head = (f"{found['device']}: ms, and share of a copy's speed", *cases)
+    head = (f"{found['device']}, BxHxWxC: ms (share of a copy's speed)", *cases)
     names = {"infer": "inference", "train": "forward in training", "backward": "backward"}
     return grid(
         head,
