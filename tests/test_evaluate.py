@@ -103,7 +103,13 @@ def test_figures_equal_those_computed_directly(folder, student, tiny_teacher):
     assert found["patch_cosine"]["p5"] == pytest.approx(ranked[-(-len(ranked) // 20) - 1].item(), abs=1e-4)
     # The classes differ in brightness, which the features of any network tell.
     assert found["teacher_knn"] > 0.5
-    assert found == evaluate(student, tiny_teacher, images, batch_size=4, knn_images=train)
+    # Other batches, other orders of summation in a matrix product, on some processors: not the same bits.
+    again = evaluate(student, tiny_teacher, images, batch_size=4, knn_images=train)
+    for kind in ("prefix_cosine", "patch_cosine"):
+        assert again[kind]["mean"] == pytest.approx(found[kind]["mean"], abs=1e-6)
+        assert again[kind]["p5"] == pytest.approx(found[kind]["p5"], abs=1e-4)
+    cosines_apart = {"prefix_cosine": None, "patch_cosine": None}
+    assert found | cosines_apart == again | cosines_apart
 
 
 def test_a_model_agrees_with_itself(folder, tiny_teacher):
