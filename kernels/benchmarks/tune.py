@@ -1,6 +1,6 @@
 """Time the Triton kernels of the line scan with other constants than those of the table in `tuning.py`.
 
-    python kernels/benchmarks/tune.py --device cuda --shapes 32x74x74x64 --output /tmp/tune.json
+    python kernels/benchmarks/tune.py --device cuda --shapes 32x74x74x64 --output build/tune.json
 
 For every case, forward and backward, candidates around the table's choice: one constant changed at a time, and the
 splits of a line. A candidate whose result differs from that of the table's choice by more than rounding is wrong and

@@ -46,7 +46,7 @@ def line_scan_bwd_kernel(
     """
     i_d, i_b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     T, M, step, across, start = direction(i_d, H, W)
-    own, _, origin = segments(M, GRID, 32 // CL, P)
+    own, origin = segments(M, GRID, 32 // CL, P)
     o_q, o_c = place(M, origin, C, WC, GRID, WP, CL, BC, P)
     r_q, r_c = place(M, origin, C, WC, GRID, 1, CL, BC, P)
     o_v, r_v = o_c[:, None] + tl.arange(0, BC)[None, :], r_c[:, None] + tl.arange(0, BC)[None, :]

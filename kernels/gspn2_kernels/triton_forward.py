@@ -41,7 +41,7 @@ def line_scan_fwd_kernel(
     """
     i_d, i_b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     T, M, step, across, start = direction(i_d, H, W)
-    own, _, origin = segments(M, GRID, 32 // CL, P)
+    own, origin = segments(M, GRID, 32 // CL, P)
     # Loads take their rows in the order of memory, logits and stores in the order of the lanes.
     o_q, o_c = place(M, origin, C, WC, GRID, WP, CL, BC, P)
     r_q, r_c = place(M, origin, C, WC, GRID, 1, CL, BC, P)

@@ -10,6 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
+from gspn2_kernels.memory import by_pixel
 from gspn2_kernels.triton_backward import line_scan_bwd_kernel, sum_shares_kernel
 from gspn2_kernels.triton_forward import line_scan_fwd_kernel
 from gspn2_kernels.tuning import Plan, plan
@@ -57,7 +58,7 @@ def _forward(
     if y.numel() == 0:
         return y
     chosen = chosen or plan(batch, height, width, channels, logits.shape[4], x.element_size())
-    x, lam, u, logits = _by_pixel(x), _by_pixel(lam), _by_pixel(u), _padded(logits)
+    x, lam, u, logits = by_pixel(x), by_pixel(lam), by_pixel(u), _padded(logits)
     constants = {**_strides(x, lam, logits, u), **chosen._asdict(), "SAVE": states is not None, "num_warps": chosen.WC}
     _check_offsets(x, lam, logits, u, y)
     scratch = _scratch(x, chosen)
@@ -101,7 +102,7 @@ def line_scan_bwd(
     if lam.numel() == 0:
         return dx.zero_(), dlam, dlogits.zero_(), du
     chosen = chosen or plan(batch, height, width, channels, logits.shape[4], x.element_size(), backward=True)
-    dy, x, lam, u, logits = _by_pixel(dy), _by_pixel(x), _by_pixel(lam), _by_pixel(u), _padded(logits)
+    dy, x, lam, u, logits = by_pixel(dy), by_pixel(x), by_pixel(lam), by_pixel(u), _padded(logits)
     constants = {**_strides(x, lam, logits, u), "SY": dy.stride(2), "SYD": dy.stride(3), **chosen._asdict()}
     del constants["AHEAD"]
     _check_offsets(x, lam, logits, u, dy)
@@ -171,12 +172,6 @@ def _strides(x: Tensor, lam: Tensor, logits: Tensor, u: Tensor) -> dict[str, int
         "SU": u.stride(2),
         "SUD": u.stride(3),
     }
-
-
-def _by_pixel(t: Tensor) -> Tensor:
-    """Make sure that channels lie side by side and pixels at equal distances, row after row; copy if they don't."""
-    regular = t.stride(-1) == 1 and t.stride(1) == t.shape[2] * t.stride(2)
-    return t if regular else t.clone(memory_format=torch.contiguous_format)
 
 
 def _padded(logits: Tensor) -> Tensor:

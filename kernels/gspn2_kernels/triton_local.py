@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gspn2_kernels.memory import by_pixel
+
 # Positions and bytes of channels of a lane: with nine weights and two rows of sums, what its registers have room for.
 POSITIONS, VECTOR = 2, 16
 LANES = 128
@@ -83,7 +85,7 @@ def _convolve(
     lanes, block = _tile(width, channels, a.element_size())
     columns = triton.cdiv(width, lanes * POSITIONS) * triton.cdiv(channels, block) * batch
     rows = _rows(columns, height, PROGRAMS)
-    a, (base, residual) = _by_pixel(a), (None if t is None else _by_pixel(t) for t in (base, residual))
+    a, (base, residual) = by_pixel(a), (None if t is None else by_pixel(t) for t in (base, residual))
     weight, row, gamma = (None if t is None else t.contiguous() for t in (weight, row, gamma))
     _convolution_kernel[(columns * triton.cdiv(height, rows),)](
         a, weight, base, row, residual, gamma, out, height, width, rows,
@@ -106,7 +108,7 @@ def _weight_gradient(dout: Tensor, a: Tensor, weight: Tensor) -> Tensor:
     pieces = columns * triton.cdiv(height, rows)
     strips = triton.cdiv(pieces, max(1, PROGRAMS // blocks))
     shares = torch.empty(triton.cdiv(pieces, strips), channels, 9, dtype=torch.float32, device=a.device)
-    a, dout = _by_pixel(a), _by_pixel(dout)
+    a, dout = by_pixel(a), by_pixel(dout)
     _weight_gradient_kernel[(shares.shape[0] * blocks,)](
         a, dout, shares, height, width, rows, strips, pieces, **_strides("a", a), **_strides("g", dout),
         C=channels, LW=lanes, BC=block, P=POSITIONS, num_warps=LANES // 32,
@@ -129,12 +131,6 @@ def _rows(columns: int, height: int, pieces: int) -> int:
     """Choose how many rows a column of tiles is cut into, so that `columns` of them make that many pieces or more."""
     rows = min(max(columns * height // pieces, FEWEST_ROWS), MOST_ROWS)
     return triton.cdiv(height, triton.cdiv(height, rows))
-
-
-def _by_pixel(t: Tensor) -> Tensor:
-    """Copy a tensor unless its channels lie side by side, and its pixels at equal distances, row after row."""
-    regular = t.stride(3) == 1 and t.stride(1) == t.shape[2] * t.stride(2)
-    return t if regular else t.contiguous()
 
 
 def _strides(name: str, t: Tensor | None) -> dict[str, int]:

@@ -63,22 +63,20 @@ def direction(i_d, H, W):
 
 @triton.jit
 def segments(M, GRID: tl.constexpr, K: tl.constexpr, P: tl.constexpr):
-    """Share M positions out to GRID segments that hold K P each: positions of its own, halo, and where it starts.
+    """Share M positions out to GRID segments that hold K P each: tell a segment's own number, and where it starts.
 
-    A halo of n positions, which overlaps with a neighbour's own, lets a segment do n steps before it needs the
-    neighbour's states again.
+    What it holds besides, the halo of n positions that overlaps with a neighbour's own, lets a segment do n steps
+    before it needs the neighbour's states again; see `Plan.lines_per_launch`.
     """
     own = tl.cdiv(M, GRID)
     seg = tl.program_id(0) % GRID
     if GRID == 1:
-        return own, M, 0
+        return own, 0
     elif GRID == 2:
         # Both segments touch an end of the line, where nothing is missing: one halo each.
-        halo = K * P - own
-        return own, halo, seg * (own - halo)
+        return own, seg * (2 * own - K * P)
     else:
-        halo = (K * P - own) // 2
-        return own, halo, seg * own - halo
+        return own, seg * own - (K * P - own) // 2
 
 
 @triton.jit

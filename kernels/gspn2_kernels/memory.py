@@ -1,0 +1,15 @@
+"""What the launchers of Triton kernels ask of a tensor's memory."""
+
+import torch
+from torch import Tensor
+
+
+def by_pixel(t: Tensor) -> Tensor:
+    """Make sure that channels lie side by side and pixels at equal distances, row after row; copy if they don't.
+
+    Args:
+        t: (B, H, W, ..., C).
+    """
+    regular = t.stride(-1) == 1 and t.stride(1) == t.shape[2] * t.stride(2)
+    # Not `contiguous`, which hands back a tensor whose axis of one element has any stride.
+    return t if regular else t.clone(memory_format=torch.contiguous_format)
