@@ -30,6 +30,7 @@ def bench(
     batch_size: int = 1,
     device: torch.device,
     dtype: str = "fp32",
+    compiled: bool = False,
 ) -> dict[str, Any]:
     """Time both models at every size and say from which size on the student is the faster one.
 
@@ -40,6 +41,7 @@ def bench(
         batch_size: images per call.
         device: where to run.
         dtype: `fp32`, `bf16` or `fp16`, of weights and images.
+        compiled: whether both models go through `torch.compile` first.
 
     Returns:
         Times in milliseconds, memory in bytes (None on the CPU, where PyTorch keeps no count). On CUDA the times are
@@ -49,7 +51,7 @@ def bench(
         UserError: if a size is no multiple of the patch, or an output of the student is not finite.
     """
     grids = [[grid_size(model, *size) for model in (student, teacher)][0] for size in sizes]
-    setting = _Setting(batch_size=batch_size, device=device, dtype=dtype)
+    setting = _Setting(batch_size=batch_size, device=device, dtype=dtype, compiled=compiled)
     rows = []
     for (height, width), (lines, columns) in zip(sizes, grids, strict=True):
         row: dict[str, Any] = {"height": height, "width": width, "tokens": lines * columns}
@@ -60,6 +62,7 @@ def bench(
     return {
         "batch_size": batch_size,
         "dtype": dtype,
+        "compiled": compiled,
         "sizes": rows,
         "crossover": crossover(rows),
         "environment": environment(device),
@@ -103,6 +106,7 @@ class _Setting:
     batch_size: int
     device: torch.device
     dtype: str
+    compiled: bool
 
     @torch.inference_mode()
     def measure(self, name: str, model: VisionTransformer, size: tuple[int, int]) -> dict[str, float | None]:
@@ -113,6 +117,9 @@ class _Setting:
         # A copy, for a rounded weight is lost; on the device one at a time, so that each peak memory is its own.
         model = copy.deepcopy(model).to(self.device, DTYPES[self.dtype]).eval()
         images = images.to(DTYPES[self.dtype])
+        if self.compiled:
+            torch._dynamo.reset()
+            model.compile(dynamic=False)
         self._check(name, model(images), size)
         if self.device.type != "cuda":
             return self._figures(_times_ms(lambda: model(images), self.device))

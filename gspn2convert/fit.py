@@ -204,5 +204,5 @@ def _target(mixer: Gspn2Mixer, x: Tensor, y: Tensor, grid: Grid) -> Tensor:
     target = patches(y, grid)
     if mixer.prefix is None or mixer.prefix.log_sum is None:
         return target
-    _, share = mixer.prefix(x, x.shape[1] - grid[0] * grid[1])
-    return target - share
+    _, share, values = mixer.prefix(x, x.shape[1] - grid[0] * grid[1])
+    return target - share @ values

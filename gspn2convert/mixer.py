@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from timm.layers import Attention
 from torch import Tensor, nn
 
-from gspn2_kernels import line_scan, local_perception, local_residual
+from gspn2_kernels import line_scan, local_perception, merge, norm_mean
 from gspn2convert.prefix import PrefixRead
 
 DIRECTIONS = 4
@@ -59,7 +59,8 @@ class Gspn2Mixer(nn.Module):
         self.proxy_dim, self.groups, self.segment = proxy_dim, groups, segment
         self.down = nn.Linear(dim, proxy_dim, bias=False, device=device, dtype=dtype)
         # Predicting from a wide latent costs R (8R + 12) instead of C (8R + 12); a narrow one knows too little.
-        self.from_latent = 16 * proxy_dim >= dim
+        # C-GSPN predicts from a latent of C/18.
+        self.from_latent = 18 * proxy_dim >= dim
         packed = 2 * DIRECTIONS * proxy_dim + DIRECTIONS * groups * NEIGHBOURS
         self.control = nn.Linear(proxy_dim if self.from_latent else dim, packed, device=device, dtype=dtype)
         self.prefix: PrefixRead | None = None
@@ -101,68 +102,70 @@ class Gspn2Mixer(nn.Module):
         Returns:
             (B, N, C), in place of the attention layer's output, before LayerScale.
         """
-        base, row, prefix_out = self._read(x, grid)
+        patches = self._patches(x, grid)
+        out = F.linear(self.scan(x, grid).flatten(-2), self.merge_weight(*grid))
         if self.lpu is not None:
-            base = local_perception(self._patches(x, grid), self.lpu.weight, base)
-        out = base.flatten(1, 2)
-        if row is not None:
-            out = out + row.unsqueeze(1)
+            out = local_perception(patches, self.lpu.weight, out)
+        row, prefix_out, share, values = self._read(x, patches.mean((1, 2)), grid)
+        out = out.flatten(1, 2)
+        if share is not None and values is not None:
+            out = torch.baddbmm(out, share, values)
+        out = out + row.unsqueeze(1)
         return out if prefix_out is None else torch.cat([prefix_out, out], 1)
 
-    def add_to(self, residual: Tensor, x: Tensor, grid: tuple[int, int], gamma: Tensor | None) -> Tensor:
-        """Compute residual + gamma * self(x, grid) in fewer passes over memory, for inference.
+    def add_to(self, residual: Tensor, norm: nn.LayerNorm, grid: tuple[int, int], gamma: Tensor | None) -> Tensor:
+        """Compute residual + gamma * self(norm(residual), grid) in fewer passes over memory, for inference.
 
         Args:
             residual: (B, N, C) stream of the block.
-            x: As in `forward`.
-            grid: As in `forward`.
+            norm: the block's first norm.
+            grid: as in `forward`.
             gamma: LayerScale (C,), or None for 1.
         """
-        base, row, prefix_out = self._read(x, grid)
-        weight = None if self.lpu is None else self.lpu.weight
-        out = local_residual(self._patches(x, grid), weight, base, row, self._patches(residual, grid), gamma)
-        if prefix_out is None:
-            return out.flatten(1, 2)
-        scaled = prefix_out if gamma is None else gamma * prefix_out
-        return torch.cat([residual[:, : scaled.shape[1]] + scaled, out.flatten(1, 2)], 1)
+        prefix = residual.shape[1] - grid[0] * grid[1]
+        x, mean = norm_mean(residual, norm.weight, norm.bias, norm.eps, prefix)
+        row, prefix_out, share, values = self._read(x, mean, grid)
+        filters = None if self.lpu is None else self.lpu.weight
+        y, weight = self.scan(x, grid), self.merge_weight(*grid)
+        return merge(y, weight, x, filters, share, values, row, residual, gamma, prefix_out)
 
-    def _read(self, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """All parts but the LPU: for each patch (B, H, W, C), for all patches alike (B, C), for prefix tokens."""
-        patches = self._patches(x, grid)
-        base = self.propagate(patches)
-        row = None
+    def _read(
+        self, x: Tensor, mean: Tensor, grid: tuple[int, int]
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """What all patches of an image get (B, C), what prefix tokens get, and what patches take of those.
+
+        `mean` is the mean patch (B, C) of the tokens x.
+        """
+        row = self.proj.bias.expand(x.shape[0], -1)
         if self.shared is not None:
-            summary = [patches.mean((1, 2))] + ([x[:, 0]] if self.prefix is not None else [])
-            row = self.shared(torch.cat(summary, -1))
+            summary = torch.cat([mean, x[:, 0]], -1) if self.prefix is not None else mean
+            row = row + self.shared(summary)
         if self.prefix is None:
-            return base, row, None
-        prefix_out, share = self.prefix(x, x.shape[1] - grid[0] * grid[1])
-        return base if share is None else base + share.unflatten(1, grid), row, prefix_out
+            return row, None, None, None
+        return row, *self.prefix(x, x.shape[1] - grid[0] * grid[1])
 
     @staticmethod
     def _patches(x: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Tokens (B, N, C) without the prefix, on their grid (B, H, W, C)."""
+        """Tokens (B, N, ...) without the prefix, on their grid (B, H, W, ...)."""
         return x[:, x.shape[1] - grid[0] * grid[1] :].unflatten(1, grid)
 
-    def propagate(self, a: Tensor) -> Tensor:
-        """The scan of patches (B, H, W, C) on their grid, merged; the merge's bias included."""
-        height, width = a.shape[1], a.shape[2]
-        latent = self.down(a)
-        # Three products instead of one: each result is contiguous, which the scan reads fastest, and no gradient of
-        # a part has to be copied into that of the whole.
+    def scan(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """The four scans (B, H, W, 4, R) of tokens (B, N, C), each times its gate.
+
+        Projections take the prefix tokens along: to leave them out first would copy all the others.
+        """
+        latent = self.down(x)
+        source = latent if self.from_latent else x
+        weight, bias = self.control.weight, self.control.bias
         scan = DIRECTIONS * self.proxy_dim
-        sizes = [scan, scan, DIRECTIONS * self.groups * NEIGHBOURS]
-        parts = zip(self.control.weight.split(sizes), self.control.bias.split(sizes), strict=True)
-        source = latent if self.from_latent else a
-        lam, u, logits = (F.linear(source, weight, bias) for weight, bias in parts)
-        y = line_scan(
-            latent,
-            lam.unflatten(-1, (DIRECTIONS, self.proxy_dim)),
-            logits.unflatten(-1, (DIRECTIONS, self.groups, NEIGHBOURS)),
-            u.unflatten(-1, (DIRECTIONS, self.proxy_dim)),
-            self.segment,
-        )
-        return F.linear(y.flatten(-2), self.merge_weight(height, width), self.proj.bias)
+        # A product for each part: results are contiguous, and no gradient has to be copied into that of a whole.
+        lam, u = (F.linear(source, weight[i : i + scan], bias[i : i + scan]) for i in (0, scan))
+        # Room for a fourth logit after every three: kernels read four at once, and the product has even columns.
+        rows, level = (t[2 * scan :].unflatten(0, (-1, NEIGHBOURS)) for t in (weight, bias))
+        logits = F.linear(source, F.pad(rows, (0, 0, 0, 1)).flatten(0, 1), F.pad(level, (0, 1)).flatten())
+        lam, u = (self._patches(t, grid).unflatten(-1, (DIRECTIONS, -1)) for t in (lam, u))
+        logits = self._patches(logits, grid).unflatten(-1, (DIRECTIONS, self.groups, -1))[..., :NEIGHBOURS]
+        return line_scan(self._patches(latent, grid), lam, logits, u, self.segment)
 
     def merge_weight(self, height: int, width: int) -> Tensor:
         """Weight (C, 4R) of the merge, each direction over its number of lines.

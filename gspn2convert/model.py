@@ -92,16 +92,18 @@ class GspnBlock(Block):
 
     def _mix(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         assert isinstance(self.attn, Gspn2Mixer)
-        if torch.is_grad_enabled() or self.training or self._is_tapped():
-            x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), grid)))
+        if self._fuses():
+            assert isinstance(self.norm1, nn.LayerNorm)
+            x = self.attn.add_to(x, self.norm1, grid, getattr(self.ls1, "gamma", None))
         else:
-            x = self.attn.add_to(x, self.norm1(x), grid, getattr(self.ls1, "gamma", None))
+            x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), grid)))
         out: Tensor = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
         return out
 
-    def _is_tapped(self) -> bool:
-        """Whether somebody listens to what the mixer or LayerScale returns."""
-        return bool(self.attn._forward_hooks or self.ls1._forward_hooks)
+    def _fuses(self) -> bool:
+        """Whether norm, mixer and residual may be one: nothing is trained, and nobody listens to what is between."""
+        listened = any(part._forward_hooks for part in (self.norm1, self.attn, self.ls1))
+        return not (torch.is_grad_enabled() or self.training or listened) and isinstance(self.norm1, nn.LayerNorm)
 
 
 def _recomputes(block: KeptBlock | GspnBlock) -> bool:

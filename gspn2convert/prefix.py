@@ -49,7 +49,7 @@ class PrefixRead(nn.Module):
             nn.init.zeros_(self.log_sum.weight)
             nn.init.zeros_(self.log_sum.bias)
 
-    def forward(self, x: Tensor, prefix: int) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, prefix: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Read in both directions.
 
         Args:
@@ -57,10 +57,24 @@ class PrefixRead(nn.Module):
             prefix: P, at least 1.
 
         Returns:
-            (B, P, C), equal to the rows of the teacher's attention output when `exact`, and (B, M, C),
-            the share of the prefix tokens in the patches' attention output, or None without a gate.
+            (B, P, C), equal to the rows of the teacher's attention output when `exact`; then, None without a gate,
+            how much each patch takes, (B, M, S), of S values (B, S, C): the product of the two is the share of the
+            prefix tokens in the patches' attention output.
         """
-        return self._read_all(x, prefix), self._read_prefix(x, prefix) if self.log_sum is not None else None
+        if not self.exact and self.log_sum is None:
+            return self._read(x, prefix, None), None, None
+        query, key, value = self.qkv(x[:, :prefix]).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)
+        folds = isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity)
+        read, gate = self._folded_scores(x, query, key) if folds else self._scores(x, query)
+        out = self._read(x, prefix, read)
+        if gate is None:
+            return out, None, None
+        # Softmax over the prefix tokens and the mass of all patches: exact where log_sum is.
+        share = gate.softmax(2, dtype=torch.float32).to(x.dtype).flatten(2)
+        weight = self.proj.weight.view(-1, self.num_heads, self.head_dim)
+        # The mass of the patches brings nothing.
+        values = F.pad(torch.einsum("bphd,chd->bphc", value, weight), (0, 0, 0, 0, 0, 1))
+        return out, share, values.flatten(1, 2)
 
     def log_sum_exp(self, x: Tensor, prefix: int) -> Tensor:
         """The true log-sum-exp of each patch's attention scores over all patches, which the gate predicts.
@@ -70,65 +84,80 @@ class PrefixRead(nn.Module):
         Returns:
             (B, M, h).
         """
-        query, key, _ = self._weights()
         patches = x[:, prefix:]
-        q = self.q_norm(self._heads(patches, query)).transpose(1, 2)
-        k = self.k_norm(self._heads(patches, key)).transpose(1, 2)
+        q = self.q_norm(self._heads(patches, 0)).transpose(1, 2)
+        k = self.k_norm(self._heads(patches, 1)).transpose(1, 2)
         return (self.scale * q @ k.transpose(2, 3)).logsumexp(-1).transpose(1, 2)
 
-    def _read_all(self, x: Tensor, prefix: int) -> Tensor:
-        batch, tokens, channels = x.shape
-        query, key, value = self._weights()
+    def _folded_scores(self, x: Tensor, query: Tensor, key: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Scores of all tokens for the prefix tokens, and of prefix tokens and mass for the patches.
+
+        All are products of tokens with vectors that depend on the prefix tokens alone: one product makes them, and
+        reads the tokens once.
+
+        Args:
+            x: (B, N, C).
+            query: (B, P, h, d), of the prefix tokens.
+            key: (B, P, h, d), of the prefix tokens.
+
+        Returns:
+            (B, N, P h) and padding, None when not `exact`; (B, M, P + 1, h), the mass last, or None without a gate.
+        """
+        prefix, rows, first = query.shape[1], [], 0
+        weight, bias = self._weights()
+        # Keys of prefix tokens fold into the weights of patches' queries; and queries into those of keys, whose bias
+        # shifts all scores of a query alike: the softmax does not see it.
+        folded = torch.einsum("sbphd,shdc->bsphc", self.scale * torch.stack([key, query]), weight[:2])
+        if self.log_sum is not None:
+            rows = [folded[:, 0].flatten(1, 2), self.log_sum.weight.expand(x.shape[0], -1, -1)]
+            first = (prefix + 1) * self.num_heads
         if self.exact:
-            q = self.scale * self.q_norm(self._heads(x[:, :prefix], query))
-            if isinstance(self.k_norm, nn.Identity):
-                # A key's bias shifts all scores of a query alike: the softmax does not see it.
-                folded = torch.einsum("bphd,hdc->bphc", q, key[0]).reshape(batch, -1, channels)
-                scores = folded @ x.transpose(1, 2)
-            else:
-                k = self.k_norm(self._heads(x, key))
-                scores = torch.einsum("bphd,bnhd->bphn", q, k).reshape(batch, -1, tokens)
-            pooled = scores.softmax(-1, dtype=torch.float32).to(x.dtype) @ x
-            pooled = pooled.view(batch, prefix, self.num_heads, channels)
+            # Products with columns in other than eights are slow ones on a GPU.
+            rows += [x.new_zeros(x.shape[0], -first % 8, x.shape[2]), folded[:, 1].flatten(1, 2)]
+            rows += [x.new_zeros(x.shape[0], -prefix * self.num_heads % 8, x.shape[2])]
+        scores = x @ torch.cat([part for part in rows if part.shape[1]], 1).mT
+        read = scores[..., first + -first % 8 :] if self.exact else None
+        if self.log_sum is None:
+            return read, None
+        gate = scores[:, prefix:, :first].unflatten(2, (prefix + 1, self.num_heads))
+        constant = key.new_zeros(key.shape[:3]) if bias is None else self.scale * (key * bias[0]).sum(-1)
+        level = torch.cat([constant, self.log_sum.bias.expand(x.shape[0], 1, -1)], 1)
+        return read, gate + level.unsqueeze(1)
+
+    def _scores(self, x: Tensor, query: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The same where queries or keys are normed, which takes those of the patches."""
+        prefix = query.shape[1]
+        key = self.k_norm(self._heads(x, 1))
+        read = torch.einsum("bphd,bnhd->bnph", self.scale * self.q_norm(query), key).flatten(2)
+        if self.log_sum is None:
+            return read, None
+        patches = x[:, prefix:]
+        gate = torch.einsum("bmhd,bphd->bmph", self.scale * self.q_norm(self._heads(patches, 0)), key[:, :prefix])
+        return read, torch.cat([gate, self.log_sum(patches).unsqueeze(2)], 2)
+
+    def _read(self, x: Tensor, prefix: int, scores: Tensor | None) -> Tensor:
+        """What prefix tokens read (B, P, C), by their scores of all tokens or, when not `exact`, uniformly."""
+        if self.exact:
+            assert scores is not None
+            # Softmax along memory, then back to rows of heads: whatever N is, the product's rows are aligned.
+            weights = scores.mT.softmax(-1, dtype=torch.float32).to(x.dtype).mT.contiguous()
+            pooled = (weights.mT @ x)[:, : prefix * self.num_heads].unflatten(1, (prefix, self.num_heads))
         else:
-            pooled = x.mean(1, keepdim=True).unsqueeze(2).expand(batch, prefix, self.num_heads, channels)
-        read = torch.einsum("bphc,hdc->bphd", pooled, value[0])
-        if value[1] is not None:
-            read = read + value[1]
+            pooled = x.mean(1, keepdim=True).unsqueeze(2).expand(-1, prefix, self.num_heads, -1)
+        weight, bias = self._weights()
+        read = torch.einsum("bphc,hdc->bphd", pooled, weight[2])
+        if bias is not None:
+            read = read + bias[2]
         out: Tensor = self.proj(read.flatten(2))
         return out
 
-    def _read_prefix(self, x: Tensor, prefix: int) -> Tensor:
-        assert self.log_sum is not None
-        query, key, value = self._weights()
-        patches = x[:, prefix:]
-        k = self.scale * self.k_norm(self._heads(x[:, :prefix], key))
-        if isinstance(self.q_norm, nn.Identity):
-            folded = torch.einsum("bphd,hdc->bhpc", k, query[0])
-            scores = torch.einsum("bmc,bhpc->bmhp", patches, folded)
-            if query[1] is not None:
-                scores = scores + torch.einsum("bphd,hd->bhp", k, query[1]).unsqueeze(1)
-        else:
-            scores = torch.einsum("bmhd,bphd->bmhp", self.q_norm(self._heads(patches, query)), k)
-        # Softmax over the prefix tokens and the mass of all patches: exact where log_sum is.
-        scores = torch.cat([scores, self.log_sum(patches).unsqueeze(-1)], -1)
-        share = scores.softmax(-1, dtype=torch.float32)[..., :prefix].to(x.dtype)
-        v = self._heads(x[:, :prefix], value)
-        out_weight = self.proj.weight.view(-1, self.num_heads, self.head_dim)
-        projected = torch.einsum("bphd,chd->bhpc", v, out_weight)
-        return share.flatten(2) @ projected.flatten(1, 2)
-
-    def _weights(self) -> list[tuple[Tensor, Tensor | None]]:
-        """Weights (h, d, C) and biases (h, d) of query, key and value."""
+    def _weights(self) -> tuple[Tensor, Tensor | None]:
+        """Weights (3, h, d, C) and biases (3, h, d) of query, key and value."""
         shape = (3, self.num_heads, self.head_dim)
-        weight = self.qkv.weight.view(*shape, -1)
-        if self.qkv.bias is None:
-            return [(weight[i], None) for i in range(3)]
-        bias = self.qkv.bias.view(shape)
-        return [(weight[i], bias[i]) for i in range(3)]
+        return self.qkv.weight.view(*shape, -1), None if self.qkv.bias is None else self.qkv.bias.view(shape)
 
-    def _heads(self, x: Tensor, part: tuple[Tensor, Tensor | None]) -> Tensor:
-        """Project tokens (B, n, C) to heads (B, n, h, d)."""
-        weight, bias = part
-        projected = F.linear(x, weight.flatten(0, 1), None if bias is None else bias.flatten())
+    def _heads(self, x: Tensor, which: int) -> Tensor:
+        """Project tokens (B, n, C) to the heads' queries (0) or keys (1), (B, n, h, d)."""
+        weight, bias = self._weights()
+        projected = F.linear(x, weight[which].flatten(0, 1), None if bias is None else bias[which].flatten())
         return projected.unflatten(-1, (self.num_heads, self.head_dim))

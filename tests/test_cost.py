@@ -56,7 +56,8 @@ def test_mixer_costs_what_counting_by_hand_says(teacher):
     counted = cost(build_student(teacher, [1], bare), IMAGE, IMAGE)
     patches, tokens = 16, 17
     scan = SCAN_MACS_PER_ELEMENT * patches * 4 * PROXY
-    projections = patches * (C * PROXY + PROXY * (8 * PROXY + 12) + 4 * PROXY * C)
+    # The class token goes through the projections along with the patches, and four logits are made for every three.
+    projections = tokens * (C * PROXY + PROXY * (8 * PROXY + 16)) + patches * 4 * PROXY * C
     kept, mixer = counted.sites
     assert (kept.kind, kept.macs) == ("attention", attention_macs(tokens))
     assert mixer.kind == "gspn2"

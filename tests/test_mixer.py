@@ -46,8 +46,8 @@ def reference(mixer: Gspn2Mixer, x: Tensor, grid: tuple[int, int]) -> Tensor:
             out = out + x[:, :1] @ mixer.shared.weight[:, DIM:].T
     if mixer.prefix is None:
         return out
-    prefix_out, share = mixer.prefix(x, prefix)
-    return torch.cat([prefix_out, out if share is None else out + share], 1)
+    prefix_out, share, values = mixer.prefix(x, prefix)
+    return torch.cat([prefix_out, out if share is None else out + share @ values], 1)
 
 
 @pytest.mark.parametrize("grid", [(1, 1), (7, 4), (5, 14)], ids=str)
@@ -80,10 +80,13 @@ def test_adding_to_the_stream_is_the_mixer_and_a_sum(
     prefix: int, options: dict[str, int | bool | str], gamma: bool
 ) -> None:
     mixer = make_mixer(has_prefix=prefix > 0, **options)
-    x, stream = torch.randn(2, 2, prefix + 15, DIM) + 0.5
+    norm = torch.nn.LayerNorm(DIM)
+    norm.weight.normal_()
+    norm.bias.normal_()
+    stream = torch.randn(2, prefix + 15, DIM) + 0.5
     scale = torch.randn(DIM) if gamma else None
-    expected = stream + mixer(x, (5, 3)) * (1 if scale is None else scale)
-    assert_close("stream", expected, mixer.add_to(stream, x, (5, 3), scale), 1e-6)
+    expected = stream + mixer(norm(stream), (5, 3)) * (1 if scale is None else scale)
+    assert_close("stream", expected, mixer.add_to(stream, norm, (5, 3), scale), 1e-6)
 
 
 def test_a_narrow_proxy_is_controlled_by_the_tokens() -> None:

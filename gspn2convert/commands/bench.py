@@ -17,7 +17,7 @@ _MEBI = 2**20
 
 def _show(document: Document, console: "Console") -> None:
     device, batch, dtype = document["environment"]["device"], document["batch_size"], document["dtype"]
-    console.print(f"{device}; batch {batch}, {dtype}")
+    console.print(f"{device}; batch {batch}, {dtype}{', compiled' if document['compiled'] else ''}")
     rows = []
     for row in document["sizes"]:
         for name in ("teacher", "student"):
@@ -46,8 +46,15 @@ def _show(document: Document, console: "Console") -> None:
 @click.option("--batch-size", type=click.IntRange(1), default=1, show_default=True, help="Images per call.")
 @options.device_option
 @click.option("--dtype", type=options.PRECISION, default="fp32", show_default=True, help="Of weights and images.")
+@click.option("--compile", "compiled", is_flag=True, help="Run both models through torch.compile first.")
 def command(
-    folder: Path, against: str, sizes: tuple[options.Size, ...], batch_size: int, device: str, dtype: str
+    folder: Path,
+    against: str,
+    sizes: tuple[options.Size, ...],
+    batch_size: int,
+    device: str,
+    dtype: str,
+    compiled: bool,
 ) -> dict[str, Any]:
     """Time a converted model against its teacher."""
     from gspn2convert.artifact import load
@@ -58,5 +65,6 @@ def command(
     name = None if against == "teacher" else against
     # The time does not depend on the weights, so none are fetched.
     other = load_rival(student, folder, name, pretrained=False)
-    figures = bench(student, other, sizes, batch_size=batch_size, device=pick_device(device), dtype=dtype)
+    setting: dict[str, Any] = {"device": pick_device(device), "dtype": dtype, "compiled": compiled}
+    figures = bench(student, other, sizes, batch_size=batch_size, **setting)
     return {"student": str(folder), "against": name or teacher_name(folder), **figures}

@@ -71,7 +71,7 @@ class SubLayer(nn.Module):
             return x + self.scale(self.mixer(self.norm(x)))
         if torch.is_grad_enabled():
             return x + self.scale(self.mixer(self.norm(x), self.grid))
-        return self.mixer.add_to(x, self.norm(x), self.grid, self.scale.gamma)
+        return self.mixer.add_to(x, self.norm, self.grid, self.scale.gamma)
 
 
 def main() -> None:

@@ -3,7 +3,8 @@
     python kernels/benchmarks/models.py --output kernels/benchmarks/results/models.json
 
 All layers are converted, with the proxy dimension of recipe `default` (C/8 = 96). The weights are random: the time does
-not depend on them. Both models run in CUDA graphs, the teacher with PyTorch's fused attention.
+not depend on them. Both models run in CUDA graphs, the teacher with PyTorch's fused attention; with --compile, both
+through torch.compile.
 """
 
 import argparse
@@ -28,15 +29,20 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="bf16")
     parser.add_argument("--sizes", type=int, nargs="+", default=[size for size, _ in SIZES], help="pixels")
+    parser.add_argument("--compile", action="store_true", help="run both models through torch.compile")
+    parser.add_argument("--commit", help="of the source, for a copy without its git history; default: ask git")
     parser.add_argument("--output", type=Path, help="JSON file for the results")
     arguments = parser.parse_args()
-    results = run(arguments.model, torch.device(arguments.device), arguments.dtype, arguments.sizes)
+    device = torch.device(arguments.device)
+    results = run(arguments.model, device, arguments.dtype, arguments.sizes, compiled=arguments.compile)
+    if arguments.commit:
+        results["environment"]["commit"] = arguments.commit
     if arguments.output:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text(json.dumps(results, indent=1) + "\n")
 
 
-def run(model: str, device: torch.device, dtype: str, sizes: list[int]) -> dict[str, Any]:
+def run(model: str, device: torch.device, dtype: str, sizes: list[int], *, compiled: bool) -> dict[str, Any]:
     """Time both models at every size."""
     teacher = timm.create_model(model, dynamic_img_size=True).eval()
     vars(teacher).setdefault("_model_args", {"dynamic_img_size": True})  # timm records them since 1.0.31
@@ -44,7 +50,8 @@ def run(model: str, device: torch.device, dtype: str, sizes: list[int]) -> dict[
     rows, environment = [], {}
     for size in sizes:
         batch = dict(SIZES).get(size, 1)
-        figures = bench(student, teacher, [(size, size)], batch_size=batch, device=device, dtype=dtype)
+        setting = {"batch_size": batch, "device": device, "dtype": dtype, "compiled": compiled}
+        figures = bench(student, teacher, [(size, size)], **setting)
         environment = figures["environment"]
         row = {"batch_size": batch, **figures["sizes"][0]}
         rows.append(row)
@@ -55,7 +62,14 @@ def run(model: str, device: torch.device, dtype: str, sizes: list[int]) -> dict[
         )
     found = crossover(rows)
     print(found["verdict"])
-    return {"model": model, "dtype": dtype, "sizes": rows, "crossover": found, "environment": environment}
+    return {
+        "model": model,
+        "dtype": dtype,
+        "compiled": compiled,
+        "sizes": rows,
+        "crossover": found,
+        "environment": environment,
+    }
 
 
 if __name__ == "__main__":

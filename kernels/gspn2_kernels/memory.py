@@ -13,3 +13,12 @@ def by_pixel(t: Tensor) -> Tensor:
     regular = t.stride(-1) == 1 and t.stride(1) == t.shape[2] * t.stride(2)
     # Not `contiguous`, which hands back a tensor whose axis of one element has any stride.
     return t if regular else t.clone(memory_format=torch.contiguous_format)
+
+
+def by_token(t: Tensor) -> Tensor:
+    """Make sure that channels lie side by side; copy if they don't.
+
+    Args:
+        t: (B, N, C).
+    """
+    return t if t.stride(-1) == 1 else t.clone(memory_format=torch.contiguous_format)

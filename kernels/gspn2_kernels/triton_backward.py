@@ -217,31 +217,33 @@ def _over_channels(v, WC: tl.constexpr, CL: tl.constexpr):
 @triton.jit
 def sum_shares_kernel(
     shares, weight_shares, dx, dlogits, H, W, C: tl.constexpr, G: tl.constexpr, TILES: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_C: tl.constexpr,
+    TH: tl.constexpr, TW: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Add up the shares of dx over the directions, and those of dlogits over the tiles of a group.
+    """Add up the shares of dx over the directions, and those of dlogits over the tiles of a group, for TH x TW pixels.
 
-    The shares of dlogits lie line by line, as the scans wrote them; dlogits lies pixel by pixel.
+    The shares of dlogits lie line by line, as the scans wrote them, and a line is a row or a column: a block of both
+    reads either in runs. dlogits lies pixel by pixel.
     """
     i_b = tl.program_id(1).to(tl.int64)
-    o_p = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    o, tiles = tl.arange(0, TH * TW), tl.cdiv(W, TW)
+    row, column = tl.program_id(0) // tiles * TH + o // TW, tl.program_id(0) % tiles * TW + o % TW
+    there, o_p = (row < H) & (column < W), row * W + column
     o_c = tl.arange(0, BLOCK_C)
-    m_x = (o_p < H * W)[:, None] & (o_c < C)[None, :]
-    b_x = tl.zeros((BLOCK, BLOCK_C), tl.float32)
+    m_x = there[:, None] & (o_c < C)[None, :]
+    b_x = tl.zeros((TH * TW, BLOCK_C), tl.float32)
     o_x = (i_b * (H * W) + o_p)[:, None] * C
     for i_d in tl.static_range(4):
         b_x += tl.load(shares + o_x * 4 + i_d * C + o_c[None, :], mask=m_x, other=0.0).to(tl.float32)
     tl.store(dx + o_x + o_c[None, :], b_x.to(dx.dtype.element_ty), mask=m_x)
-    row, column = o_p // W, o_p % W
     o_k = tl.arange(0, 4)[None, :]
-    m_k = (o_p < H * W)[:, None] & (o_k < 3)
+    m_k = there[:, None] & (o_k < 3)
     for i_d in tl.static_range(4):
         if i_d < 2:
             o_line = (row if i_d == 0 else H - 1 - row) * W + column
         else:
             o_line = (column if i_d == 2 else W - 1 - column) * H + row
         for i_g in tl.static_range(G):
-            b_w = tl.zeros((BLOCK, 4), tl.float32)
+            b_w = tl.zeros((TH * TW, 4), tl.float32)
             for i_t in range(i_g * TILES // G, (i_g + 1) * TILES // G):
                 o_w = ((i_t * tl.num_programs(1) + i_b) * 4 + i_d) * (H * W) + o_line
                 b_w += tl.load(weight_shares + o_w[:, None] * 4 + o_k, mask=m_k, other=0.0)

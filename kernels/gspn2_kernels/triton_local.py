@@ -14,6 +14,7 @@ Shapes: B batch, H W grid, C channels; a tile is LW lanes of P positions by BC c
 import math
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -27,7 +28,7 @@ LANES = 128
 PROGRAMS = 396
 # Rows of a program: fewer cost more for the rows above and below, more leave multiprocessors idle at the end.
 FEWEST_ROWS, MOST_ROWS = 2, 32
-_RUNTIME = ("H", "W", "rows", "strips", "sab", "sbb", "srb", "sgb")
+_RUNTIME = ("H", "W", "rows", "strips", "sab", "sbb", "srb", "sob", "sgb")
 
 
 def forward(a: Tensor, weight: Tensor, base: Tensor | None) -> Tensor:
@@ -49,23 +50,32 @@ def backward(dout: Tensor, a: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return _convolve(dout, weight, None, flip=True), _weight_gradient(dout, a, weight)
 
 
-def residual_forward(
-    a: Tensor, weight: Tensor | None, base: Tensor | None, row: Tensor | None, residual: Tensor, gamma: Tensor | None
+def merge(
+    y: Tensor,
+    weight: Tensor,
+    a: Tensor,
+    filters: Tensor | None,
+    share: Tensor | None,
+    values: Tensor | None,
+    row: Tensor,
+    residual: Tensor,
+    gamma: Tensor | None,
+    prefix_out: Tensor | None,
 ) -> Tensor:
-    """Compute residual + gamma * (base + depthwise3x3(a, weight) + row).
-
-    Args:
-        a: (B, H, W, C).
-        weight: (C, 1, 3, 3), or None for no convolution.
-        base: (B, H, W, C), or None for 0.
-        row: (B, C), or None for 0.
-        residual: (B, H, W, C).
-        gamma: (C,), or None for 1.
-
-    Returns:
-        (B, H, W, C), contiguous, in the dtype of residual.
-    """
-    return _convolve(a, weight, base, row, residual, gamma)
+    """Compute `gspn2::merge`, arguments as there: the products by cuBLAS, the rest in one pass over memory."""
+    grid = y.shape[1:3]
+    patches = grid[0] * grid[1]
+    prefix = residual.shape[1] - patches
+    out = torch.empty(residual.shape, dtype=residual.dtype, device=residual.device)
+    if prefix_out is not None:
+        scaled = prefix_out if gamma is None else gamma * prefix_out
+        torch.add(residual[:, :prefix], scaled, out=out[:, :prefix])
+    base = F.linear(y.flatten(-2), weight)
+    if share is not None and values is not None:
+        base.flatten(1, 2).baddbmm_(share, values)
+    a, residual, out_patches = (t[:, prefix:].unflatten(1, grid) for t in (a, residual, out))
+    _convolve(a, filters, base, row, residual, gamma, out=out_patches)
+    return out
 
 
 def _convolve(
@@ -77,9 +87,11 @@ def _convolve(
     gamma: Tensor | None = None,
     *,
     flip: bool = False,
+    out: Tensor | None = None,
 ) -> Tensor:
     batch, height, width, channels = a.shape
-    out = torch.empty(a.shape, dtype=a.dtype if residual is None else residual.dtype, device=a.device)
+    if out is None:
+        out = torch.empty(a.shape, dtype=a.dtype, device=a.device)
     if out.numel() == 0:
         return out
     lanes, block = _tile(width, channels, a.element_size())
@@ -89,7 +101,7 @@ def _convolve(
     weight, row, gamma = (None if t is None else t.contiguous() for t in (weight, row, gamma))
     _convolution_kernel[(columns * triton.cdiv(height, rows),)](
         a, weight, base, row, residual, gamma, out, height, width, rows,
-        **_strides("a", a), **_strides("b", base), **_strides("r", residual),
+        **_strides("a", a), **_strides("b", base), **_strides("r", residual), **_strides("o", out),
         C=channels, FLIP=flip, LW=lanes, BC=block, P=POSITIONS, num_warps=LANES // 32,
     )  # fmt: skip
     return out
@@ -142,11 +154,12 @@ def _strides(name: str, t: Tensor | None) -> dict[str, int]:
 
 @triton.jit(do_not_specialize=_RUNTIME)
 def _convolution_kernel(
-    a, weight, base, row, residual, gamma, out, H, W, rows, sab, sbb, srb,
+    a, weight, base, row, residual, gamma, out, H, W, rows, sab, sbb, srb, sob,
     C: tl.constexpr, SA: tl.constexpr, UA: tl.constexpr, SB: tl.constexpr, UB: tl.constexpr, SR: tl.constexpr,
-    UR: tl.constexpr, FLIP: tl.constexpr, LW: tl.constexpr, BC: tl.constexpr, P: tl.constexpr,
+    UR: tl.constexpr, SO: tl.constexpr, UO: tl.constexpr, FLIP: tl.constexpr, LW: tl.constexpr, BC: tl.constexpr,
+    P: tl.constexpr,
 ):  # fmt: skip
-    """Compute some rows of a tile; a, base and residual have batch strides s?b U? and strides S? of a position."""
+    """Compute some rows of a tile; a, base, residual and out have batch strides s?b U? and strides S? of a position."""
     o_q, o_c, first, last, i_b = _place(tl.program_id(0), H, W, rows, C, LW, BC, P)
     nothing = _zeros(LW, BC, P)
     if weight is not None:
@@ -166,7 +179,7 @@ def _convolution_kernel(
             starting = _add(nothing, below, w, 0, P)
         else:
             b_sum = nothing
-        p_o = out + (i_b * H + i) * W * C + (o_q * C)[:, None] + o_c[None, :]
+        p_o = out + i_b * sob * UO + i * W.to(tl.int64) * SO + (o_q * SO)[:, None] + o_c[None, :]
         for p in tl.static_range(P):
             b_o = b_sum[p]
             if base is not None:
@@ -178,7 +191,7 @@ def _convolution_kernel(
             if residual is not None:
                 b_o += b_residual[p].to(tl.float32)
             there = (o_q + p < W)[:, None] & (o_c < C)[None, :]
-            tl.store(p_o + p * C, b_o.to(out.dtype.element_ty), mask=there)
+            tl.store(p_o + p * SO, b_o.to(out.dtype.element_ty), mask=there)
 
 
 @triton.jit(do_not_specialize=_RUNTIME)

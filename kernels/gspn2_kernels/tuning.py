@@ -6,8 +6,6 @@ Shapes: B batch, H W grid, C channels, G groups, M positions of the longer line.
 from typing import NamedTuple
 
 LANES = 32
-# With fewer warps than this the time goes by the number of steps: lanes that hold less and take them faster pay.
-FEW_WARPS = 64
 
 
 class Plan(NamedTuple):
@@ -72,22 +70,35 @@ class Rule(NamedTuple):
 
 
 ENDLESS = 1 << 30
-# By (backward, few warps), shortest lines first; chosen on an H100 with kernels/benchmarks/tune.py.
-RULES: dict[tuple[bool, bool], tuple[Rule, ...]] = {
-    (False, False): (
-        Rule(16, 0, 0, 2, 16, 4, 5),
-        Rule(160, 0, 0, 2, 16, 4, 3),
-        Rule(ENDLESS, 64, 16, 2, 16, 4, 3),
+# Forward and backward, each by the number of warps at least, shortest lines first; chosen on an H100 with
+# kernels/benchmarks/tune.py. With few warps the time goes by the number of steps: lanes that hold less and take them
+# faster pay, as do programs of one warp, which wait for no other.
+Rules = tuple[tuple[int, tuple[Rule, ...]], ...]
+FORWARD: Rules = (
+    (256, (Rule(16, 0, 0, 2, 16, 4, 5), Rule(160, 0, 0, 2, 16, 4, 3), Rule(ENDLESS, 64, 16, 2, 16, 4, 3))),
+    (
+        64,
+        (
+            Rule(64, 0, 0, 1, 16, 1, 4, ahead=True),
+            Rule(256, 32, 16, 1, 16, 1, 4, ahead=True),
+            Rule(ENDLESS, 16, 24, 1, 16, 1, 4, ahead=True),
+        ),
     ),
-    (True, False): (
-        Rule(16, 0, 0, 2, 16, 4, 4),
-        Rule(80, 0, 0, 2, 16, 4, 3),
-        Rule(160, 80, 16, 2, 16, 4, 2),
-        Rule(ENDLESS, 64, 8, 2, 16, 4, 3),
+    (0, (Rule(128, 0, 0, 1, 8, 1, 4, ahead=True), Rule(ENDLESS, 32, 16, 1, 8, 1, 4, ahead=True))),
+)
+BACKWARD: Rules = (
+    (
+        256,
+        (
+            Rule(16, 0, 0, 2, 16, 4, 4),
+            Rule(80, 0, 0, 2, 16, 4, 3),
+            Rule(160, 80, 16, 2, 16, 4, 2),
+            Rule(ENDLESS, 64, 8, 2, 16, 4, 3),
+        ),
     ),
-    (False, True): (Rule(128, 0, 0, 1, 4, 1, 4, ahead=True), Rule(ENDLESS, 32, 16, 1, 8, 1, 4, ahead=True)),
-    (True, True): (Rule(128, 0, 0, 1, 8, 1, 3), Rule(ENDLESS, 32, 16, 1, 8, 1, 3)),
-}
+    (64, (Rule(64, 0, 0, 2, 16, 1, 3), Rule(256, 32, 16, 1, 16, 1, 3), Rule(ENDLESS, 16, 24, 1, 16, 1, 3))),
+    (0, (Rule(128, 0, 0, 1, 8, 1, 3), Rule(ENDLESS, 32, 16, 1, 8, 1, 3))),
+)
 
 
 def plan(
@@ -105,10 +116,10 @@ def plan(
         backward: For the backward kernel instead of the forward one.
     """
     positions = max(height, width)
-    for few_warps in (False, True):
-        rule = next(rule for rule in RULES[backward, few_warps] if positions <= rule.positions)
+    for least, rules in BACKWARD if backward else FORWARD:
+        rule = next(rule for rule in rules if positions <= rule.positions)
         chosen = _fit(rule, positions, channels, groups, itemsize)
-        if 4 * batch * chosen.GRID * -(-channels // chosen.tile) >= FEW_WARPS:
+        if 4 * batch * chosen.GRID * -(-channels // chosen.tile) >= least:
             break
     return chosen
 

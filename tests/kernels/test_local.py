@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from gspn2_kernels.local import local_perception, local_residual
+from gspn2_kernels.local import local_perception
 from gspn2_kernels.testing import TOLERANCES, assert_close
 
 pytest.importorskip("triton")
@@ -32,23 +32,17 @@ ROUTES = pytest.mark.parametrize("route", ["ops", "functions"])
 
 
 def draw(shape, dtype: torch.dtype, device: str = DEVICE) -> dict[str, Tensor]:
-    """All that the functions take, and a gradient; a and residual are slices of tokens, nothing has mean 0."""
+    """All that the function takes, and a gradient; a is a slice of tokens, nothing has mean 0."""
     batch, height, width, channels = shape
     generator = torch.Generator().manual_seed(0)
 
     def normal(*size: int) -> Tensor:
         return (torch.randn(size, generator=generator, dtype=torch.float64) + 0.5).to(device, dtype)
 
-    def patches() -> Tensor:
-        return normal(batch, PREFIX + height * width, channels)[:, PREFIX:].unflatten(1, (height, width))
-
     return {
-        "a": patches(),
+        "a": normal(batch, PREFIX + height * width, channels)[:, PREFIX:].unflatten(1, (height, width)),
         "weight": normal(channels, 1, 3, 3),
         "base": normal(*shape),
-        "row": normal(batch, channels),
-        "residual": patches(),
-        "gamma": normal(channels),
         "dout": normal(*shape),
     }
 
@@ -70,15 +64,6 @@ def with_gradients(function, a: Tensor, weight: Tensor, base: Tensor, dout: Tens
 
 def in_fp64(drawn: dict[str, Tensor]) -> tuple[Tensor, ...]:
     return with_gradients(reference, *(drawn[name].double() for name in ("a", "weight", "base", "dout")))
-
-
-def residual_reference(drawn: dict[str, Tensor | None]) -> Tensor:
-    """The sum of what is there, in fp64."""
-    t = {name: None if tensor is None else tensor.double() for name, tensor in drawn.items()}
-    out = torch.zeros_like(t["residual"]) if t["weight"] is None else convolve(t["a"], t["weight"])
-    out = out if t["base"] is None else out + t["base"]
-    out = out if t["row"] is None else out + t["row"][:, None, None]
-    return t["residual"] + (out if t["gamma"] is None else out * t["gamma"])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -116,40 +101,12 @@ def test_sums_are_fp32(dtype: torch.dtype) -> None:
         assert_close(name, ref, out, 1e-5 if dtype == torch.float32 else None)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("missing", [(), ("weight",), ("base", "row"), ("row", "gamma"), ("weight", "row", "gamma")])
-def test_residual_kernel_is_the_sum(missing: tuple[str, ...], dtype: torch.dtype) -> None:
-    drawn = draw((2, 3, 5, 24), dtype) | dict.fromkeys(missing)
-    del drawn["dout"]
-    out = kernels.residual_forward(**drawn)
-    assert out.dtype == dtype
-    assert out.is_contiguous()
-    assert_close("out", residual_reference(drawn), out)
-
-
-def test_residual_may_be_wider_than_the_rest() -> None:
-    """As under autocast: the stream and LayerScale in fp32, what the projections give in bf16."""
-    drawn = draw((1, 3, 4, 16), torch.bfloat16)
-    del drawn["dout"]
-    drawn |= {name: draw((1, 3, 4, 16), torch.float32)[name] for name in ("residual", "gamma")}
-    ref = residual_reference(drawn)
-    for name, function in (("kernel", kernels.residual_forward), ("op", torch.ops.gspn2.local_residual)):
-        out = function(**drawn)
-        assert out.dtype == torch.float32
-        assert_close(name, ref, out)
-    # Plain torch rounds what is added to the stream.
-    out = local_residual(**drawn)
-    assert out.dtype == torch.float32
-    assert_close("plain torch", ref, out, None if DEVICE == "cuda" else TOLERANCES[torch.bfloat16])
-
-
 @pytest.mark.parametrize("shape", [(0, 3, 4, 8), (2, 0, 4, 8), (2, 3, 0, 8)], ids=str)
 def test_empty_grids(shape) -> None:
     drawn = draw(shape, torch.float32)
     a, weight, base, dout = (drawn.pop(name) for name in ("a", "weight", "base", "dout"))
     da, dweight = kernels.backward(dout, a, weight)
     assert kernels.forward(a, weight, base).shape == da.shape == shape
-    assert kernels.residual_forward(a, weight, base, **drawn).shape == shape
     assert torch.equal(dweight, torch.zeros_like(weight))
 
 
@@ -182,12 +139,10 @@ def test_kernels_on_grids_of_real_models(shape, dtype: torch.dtype) -> None:
     ):
         # The gradient of the weight sums up thousands of products.
         assert_close(name, ref, out, 1e-5 if dtype == torch.float32 else None)
-    del drawn["dout"]
-    assert_close("residual", residual_reference(drawn), local_residual(**drawn))
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCES), ids=str)
-def test_functions_are_the_convolution(dtype: torch.dtype) -> None:
+def test_function_is_the_convolution(dtype: torch.dtype) -> None:
     drawn = draw((2, 5, 3, 20), dtype)
     a, weight, base, dout = (drawn.pop(name) for name in ("a", "weight", "base", "dout"))
     actual = with_gradients(local_perception, a, weight, base, dout)
@@ -197,14 +152,6 @@ def test_functions_are_the_convolution(dtype: torch.dtype) -> None:
         assert_close(name, ref, out)
     assert actual[0].is_contiguous()
     assert_close("without base", convolve(a.double(), weight.double()), local_perception(a, weight))
-    drawn |= {"a": a, "weight": weight, "base": base}
-    for missing in ((), ("weight",), ("base", "row", "gamma")):
-        some = drawn | dict.fromkeys(missing)
-        out = local_residual(**some)
-        assert out.dtype == dtype
-        assert out.is_contiguous()
-        # Plain torch rounds each of the sums.
-        assert_close(f"residual without {missing}", residual_reference(some), out, 2 * TOLERANCES[dtype])
 
 
 def test_gradients_of_the_op() -> None:
@@ -219,19 +166,17 @@ def test_opcheck() -> None:
     drawn = draw((1, 2, 3, 4), torch.float32)
     a, weight, base, dout = (drawn.pop(name) for name in ("a", "weight", "base", "dout"))
     ops = torch.ops.gspn2
-    torch.library.opcheck(ops.local_residual.default, (a, weight, base, *drawn.values()))
     torch.library.opcheck(ops.local_perception_backward.default, (dout, a, weight))
     inputs = [t.detach().requires_grad_() for t in (a, weight, base)]
     torch.library.opcheck(ops.local_perception.default, tuple(inputs))
 
 
 class Local(torch.nn.Module):
-    """The local perception of patches after prefix tokens, added to a projection; then the residual."""
+    """The local perception of patches after prefix tokens, added to a projection."""
 
     def __init__(self, route: str) -> None:
         super().__init__()
         self.perception = local_perception if route == "functions" else torch.ops.gspn2.local_perception
-        self.residual = local_residual if route == "functions" else torch.ops.gspn2.local_residual
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             self.proj = torch.nn.Linear(8, 8)
@@ -240,9 +185,7 @@ class Local(torch.nn.Module):
 
     def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         a = tokens[:, PREFIX:].unflatten(1, grid)
-        if torch.is_grad_enabled():
-            return self.perception(a, self.lpu.weight, self.proj(a))
-        return self.residual(a, self.lpu.weight, self.proj(a), tokens[:, 0], a, None)
+        return self.perception(a, self.lpu.weight, self.proj(a))
 
 
 def tokens_of(grid: tuple[int, int], batch: int = 1) -> Tensor:
@@ -263,12 +206,9 @@ def test_compiles_as_one_graph(route: str, autocast: bool) -> None:
             module.zero_grad()
             with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
                 out = function(tokens, grid)
-                with torch.no_grad():
-                    stream = function(tokens, grid)
             assert out.dtype == (torch.bfloat16 if autocast else torch.float32)
-            assert stream.dtype == torch.float32
             out.float().square().sum().backward()
-            results.append([out, stream, *(p.grad.clone() for p in module.parameters())])
+            results.append([out, *(p.grad.clone() for p in module.parameters())])
         for i, (ref, actual) in enumerate(zip(*results, strict=True)):
             assert_close(f"{grid} {i}", ref, actual, 0 if autocast else 1e-6)
 
@@ -276,14 +216,13 @@ def test_compiles_as_one_graph(route: str, autocast: bool) -> None:
 def test_exports_as_a_standard_convolution_for_every_size() -> None:
     class Exported(Local):
         def forward(self, patches: Tensor) -> Tensor:
-            out = local_perception(patches, self.lpu.weight, self.proj(patches))
-            return local_residual(patches, self.lpu.weight, out, out.mean((1, 2)), patches, self.proj.bias)
+            return local_perception(patches, self.lpu.weight, self.proj(patches))
 
     module = Exported("functions").eval()
     sizes = {i: torch.export.Dim(name, min=1) for i, name in enumerate(("batch", "height", "width"))}
     program = torch.export.export(module, (torch.randn(2, 3, 5, 8, device=DEVICE),), dynamic_shapes=(sizes,))
     targets = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
-    assert targets.count("aten.conv2d.default") == 2
+    assert targets.count("aten.conv2d.default") == 1
     assert not [target for target in targets if target.startswith("gspn2")]
     for size in ((2, 3, 5, 8), (1, 7, 4, 8), (3, 1, 4, 8)):
         patches = torch.randn(size, device=DEVICE)
@@ -294,20 +233,15 @@ def test_exports_as_a_standard_convolution_for_every_size() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_casts_all_inputs_to_its_dtype(route: str, dtype: torch.dtype) -> None:
     perception = local_perception if route == "functions" else torch.ops.gspn2.local_perception
-    residual = local_residual if route == "functions" else torch.ops.gspn2.local_residual
-    drawn = draw((1, 2, 3, 8), torch.float32)
-    a, weight, base, row, stream, gamma, dout = drawn.values()
+    a, weight, base, dout = draw((1, 2, 3, 8), torch.float32).values()
     base = base.to(torch.bfloat16)  # a projection under autocast beside parameters in fp32
     with torch.autocast(DEVICE, dtype):
         actual = with_gradients(perception, a, weight, base, dout)
-        summed = residual(a, weight, base, row, stream, gamma)
-    cast = [t.to(dtype) for t in (a, weight, base, row)]
-    expected = with_gradients(perception, *cast[:3], dout.to(dtype))
+    expected = with_gradients(perception, *(t.to(dtype) for t in (a, weight, base, dout)))
     assert actual[0].dtype == dtype
     assert [t.dtype for t in actual[1:]] == [a.dtype, weight.dtype, base.dtype]
     for name, ref, out in zip(NAMES, expected, actual, strict=True):
         assert torch.equal(ref.to(out.dtype), out), name
-    assert torch.equal(residual(*cast, stream, gamma), summed)
 
 
 BAD = [
@@ -316,11 +250,7 @@ BAD = [
     ("weight", lambda t: t[:4], r"weight has shape \(4, 1, 3, 3\), expected \(C, 1, 3, 3\) = \(8, 1, 3, 3\)"),
     ("weight", lambda t: t.half(), r"weight of shape \(8, 1, 3, 3\) has dtype torch.float16, expected torch.float32"),
     ("base", lambda t: t[:, :2], r"base has shape \(2, 2, 5, 8\), expected \(B, H, W, C\) = \(2, 3, 5, 8\)"),
-    ("base", lambda t: t.to("meta"), r"base of shape \(2, 3, 5, 8\) is on meta, expected .*, the device of a"),
-    ("row", lambda t: t[0], r"row has shape \(8,\), expected \(B, C\) = \(2, 8\)"),
-    ("residual", lambda t: t.flatten(1, 2), r"residual has shape \(2, 15, 8\), expected .* = \(2, 3, 5, 8\)"),
-    ("residual", lambda t: t.double(), r"residual of shape .* has dtype torch.float64, expected torch.float32"),
-    ("gamma", lambda t: t[:, None], r"gamma has shape \(8, 1\), expected \(C,\) = \(8,\)"),
+    ("base", lambda t: t.to("meta"), r"base of shape \(2, 3, 5, 8\) is on meta, expected "),
 ]
 
 
@@ -328,28 +258,10 @@ BAD = [
 @pytest.mark.parametrize(("name", "edit", "message"), BAD)
 def test_bad_inputs_are_named(route: str, name: str, edit, message: str) -> None:
     drawn = draw((2, 3, 5, 8), torch.float32)
-    del drawn["dout"]
     drawn[name] = edit(drawn[name])
-    perception, residual = (
-        (local_perception, local_residual)
-        if route == "functions"
-        else (
-            torch.ops.gspn2.local_perception,
-            torch.ops.gspn2.local_residual,
-        )
-    )
+    perception = local_perception if route == "functions" else torch.ops.gspn2.local_perception
     with pytest.raises(ValueError, match=message):
-        residual(**drawn)
-    if name in ("a", "weight", "base"):
-        with pytest.raises(ValueError, match=message):
-            perception(drawn["a"], drawn["weight"], drawn["base"])
-
-
-def test_nothing_to_add_is_refused() -> None:
-    drawn = draw((2, 3, 5, 8), torch.float32) | {"weight": None, "base": None}
-    del drawn["dout"]
-    with pytest.raises(ValueError, match=r"base is None, expected \(B, H, W, C\) = \(2, 3, 5, 8\) where weight is"):
-        local_residual(**drawn)
+        perception(drawn["a"], drawn["weight"], drawn["base"])
 
 
 @ROUTES

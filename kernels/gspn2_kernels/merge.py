@@ -1,0 +1,165 @@
+"""The torch op `gspn2::merge`: the end of a mixer, from its scans to the residual stream, for inference.
+
+Shapes: B batch, H W grid, N = P + H W tokens, P prefix tokens, C channels, R scanned channels, S columns of the share.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from gspn2_kernels.operands import autocast, by_triton, check_first, check_other, register_autocast
+
+_SCHEMA = (
+    "(Tensor y, Tensor weight, Tensor a, Tensor? filters, Tensor? share, Tensor? values, Tensor row, Tensor residual,"
+    " Tensor? gamma, Tensor? prefix_out) -> Tensor"
+)
+# Places of residual and gamma, which autocast leaves alone.
+_WIDE = (7, 8)
+
+
+def merge(
+    y: Tensor,
+    weight: Tensor,
+    a: Tensor,
+    filters: Tensor | None,
+    share: Tensor | None,
+    values: Tensor | None,
+    row: Tensor,
+    residual: Tensor,
+    gamma: Tensor | None = None,
+    prefix_out: Tensor | None = None,
+) -> Tensor:
+    """Compute residual + gamma * (y weight^T + depthwise3x3(a, filters) + share values + row) for the patches.
+
+    Prefix tokens become residual + gamma * prefix_out. The tensors share one dtype (fp64, fp32, fp16 or bf16) and one
+    device, except that residual and gamma may be fp32 beside others. Under autocast all but these two are cast to the
+    autocast dtype. On a GPU this is one pass over memory, sums are in fp32, and there is no gradient.
+
+    Args:
+        y: Scans (B, H, W, 4, R).
+        weight: Merge of the scans (C, 4 R).
+        a: Tokens (B, N, C) that the convolution reads, prefix tokens first.
+        filters: Weight (C, 1, 3, 3) of a depthwise convolution with zeros around the grid, or None.
+        share: What patches take of the values (B, H W, S), or None.
+        values: (B, S, C), or None.
+        row: What all patches of an image get (B, C).
+        residual: Stream (B, N, C).
+        gamma: Scale of each channel (C,), as LayerScale has; None for 1.
+        prefix_out: (B, P, C), or None where P = 0.
+
+    Returns:
+        (B, N, C), contiguous, in the dtype of residual.
+
+    Raises:
+        ValueError: A shape, dtype or device does not fit; the message names the argument and what was expected.
+    """
+    arguments = (y, weight, a, filters, share, values, row, residual, gamma, prefix_out)
+    out: Tensor
+    if by_triton(y):
+        out = torch.ops.gspn2.merge(*arguments)
+        return out
+    y, weight, a, filters, share, values, row = autocast(y.device.type, *arguments[:7])
+    (prefix_out,) = autocast(y.device.type, prefix_out)
+    _check(y, weight, a, filters, share, values, row, residual, gamma, prefix_out)
+    grid, prefix = y.shape[1:3], residual.shape[1] - y.shape[1] * y.shape[2]
+    out = F.linear(y.flatten(-2), weight)
+    if filters is not None:
+        patches = a[:, prefix:].unflatten(1, grid).permute(0, 3, 1, 2)
+        out = out + F.conv2d(patches, filters, padding=1, groups=filters.shape[0]).permute(0, 2, 3, 1)
+    out = out.flatten(1, 2) + row[:, None]
+    if share is not None and values is not None:
+        out = out + share @ values
+    if prefix_out is not None:
+        out = torch.cat([prefix_out, out], 1)
+    return (residual + (out if gamma is None else gamma * out)).to(residual.dtype).contiguous()
+
+
+def _check(
+    y: Tensor,
+    weight: Tensor,
+    a: Tensor,
+    filters: Tensor | None,
+    share: Tensor | None,
+    values: Tensor | None,
+    row: Tensor,
+    residual: Tensor,
+    gamma: Tensor | None,
+    prefix_out: Tensor | None,
+) -> None:
+    """Raise a ValueError that names the first argument that does not fit y and weight."""
+    check_first("y", "(B, H, W, 4, R)", y)
+    check_first("weight", "(C, 4 R)", weight)
+    check_first("residual", "(B, N, C)", residual)
+    batch, height, width, directions, scanned = y.shape
+    patches, channels, tokens = height * width, weight.shape[0], residual.shape[1]
+    prefix = 0 if prefix_out is None else tokens - patches
+    check_other("weight", "(C, 4 R)", weight, (channels, directions * scanned), y)
+    check_other("residual", "(B, N, C)", residual, (batch, prefix + patches, channels), y, torch.float32)
+    check_other("a", "(B, N, C)", a, (batch, tokens, channels), y)
+    check_other("filters", "(C, 1, 3, 3)", filters, (channels, 1, 3, 3), y)
+    check_other("row", "(B, C)", row, (batch, channels), y)
+    check_other("gamma", "(C,)", gamma, (channels,), y, torch.float32)
+    check_other("prefix_out", "(B, P, C)", prefix_out, (batch, prefix, channels), y)
+    if (share is None) != (values is None):
+        raise ValueError("share and values belong together: give both or neither")
+    if share is not None and values is not None:
+        columns = share.shape[-1]
+        check_other("share", "(B, H W, S)", share, (batch, patches, columns), y)
+        check_other("values", "(B, S, C)", values, (batch, columns, channels), y)
+
+
+@torch.library.custom_op("gspn2::merge", mutates_args=(), schema=_SCHEMA)
+def _merge(
+    y: Tensor,
+    weight: Tensor,
+    a: Tensor,
+    filters: Tensor | None,
+    share: Tensor | None,
+    values: Tensor | None,
+    row: Tensor,
+    residual: Tensor,
+    gamma: Tensor | None,
+    prefix_out: Tensor | None,
+) -> Tensor:
+    from gspn2_kernels import triton_local
+
+    _check(y, weight, a, filters, share, values, row, residual, gamma, prefix_out)
+    with torch.cuda.device_of(y):
+        return triton_local.merge(y, weight, a, filters, share, values, row, residual, gamma, prefix_out)
+
+
+@_merge.register_fake
+def _merge_fake(
+    y: Tensor,
+    weight: Tensor,
+    a: Tensor,
+    filters: Tensor | None,
+    share: Tensor | None,
+    values: Tensor | None,
+    row: Tensor,
+    residual: Tensor,
+    gamma: Tensor | None,
+    prefix_out: Tensor | None,
+) -> Tensor:
+    _check(y, weight, a, filters, share, values, row, residual, gamma, prefix_out)
+    return residual.new_empty(residual.shape)
+
+
+_LIBRARY = torch.library.Library("gspn2", "FRAGMENT")
+register_autocast(_LIBRARY, torch.ops.gspn2.merge, _WIDE)
+
+
+@register_flop_formula(torch.ops.gspn2.merge)
+def _flops(
+    y: torch.Size,
+    weight: torch.Size,
+    a: torch.Size,
+    filters: torch.Size | None,
+    share: torch.Size | None,
+    *_: object,
+    **__: object,
+) -> int:
+    """Count 2 FLOPs for a multiply-add, as torch does."""
+    columns = weight[1] + (0 if filters is None else 9) + (0 if share is None else share[2])
+    return 2 * y[0] * y[1] * y[2] * weight[0] * columns

@@ -1,0 +1,76 @@
+"""The torch op `gspn2::norm_mean`: LayerNorm of tokens and the mean of the patches, for inference.
+
+The op runs a Triton kernel. Where that cannot run, and in an export, the same function is plain torch.
+
+Shapes: B batch, N tokens, P prefix tokens, C channels.
+"""
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gspn2_kernels.line_scan import autocast_wanted
+from gspn2_kernels.operands import by_triton, check_first, check_other
+
+_ARGUMENTS = "Tensor x, Tensor? weight, Tensor? bias, float eps, int prefix"
+
+
+def norm_mean(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, prefix: int) -> tuple[Tensor, Tensor]:
+    """Compute a = layer_norm(x) and the mean of a over the patches in one pass over memory, for inference.
+
+    The tensors share one dtype (fp64, fp32, fp16 or bf16) and one device; autocast leaves them alone. The mean is that
+    of the rounded a. On a GPU sums are in fp32, and there is no gradient.
+
+    Args:
+        x: Tokens (B, N, C), the prefix tokens first. A slice of tokens is as good as a contiguous tensor.
+        weight: Scale of each channel (C,); None for 1.
+        bias: What to add to each channel (C,); None for 0.
+        eps: What to add to the variance.
+        prefix: Number of tokens P before the patches.
+
+    Returns:
+        a (B, N, C), and its mean (B, C) over the patches, 0 if there are none; contiguous and in the dtype of x.
+
+    Raises:
+        ValueError: A shape, dtype, device or number does not fit; the message names the argument.
+    """
+    if by_triton(x):
+        out: tuple[Tensor, Tensor] = torch.ops.gspn2.norm_mean(x, weight, bias, eps, prefix)
+        return out
+    _check(x, weight, bias, prefix)
+    device_type = x.device.type
+    with torch.autocast(device_type, enabled=False) if autocast_wanted(device_type) else nullcontext():
+        a = F.layer_norm(x, x.shape[2:], weight, bias, eps).contiguous()
+        total = a[:, prefix:].sum(1, dtype=torch.promote_types(a.dtype, torch.float32))
+        patches: Any = torch.sym_max(x.shape[1] - prefix, 1)
+        return a, (total / patches).to(a.dtype)
+
+
+def _check(x: Tensor, weight: Tensor | None, bias: Tensor | None, prefix: int) -> None:
+    """Raise a ValueError that names the first argument that does not fit x."""
+    check_first("x", "(B, N, C)", x)
+    _, tokens, channels = x.shape
+    check_other("weight", "(C,)", weight, (channels,), x)
+    check_other("bias", "(C,)", bias, (channels,), x)
+    if not 0 <= prefix <= tokens:
+        raise ValueError(f"prefix is {prefix}, expected 0 to {tokens}, the number of tokens")
+
+
+@torch.library.custom_op("gspn2::norm_mean", mutates_args=(), schema=f"({_ARGUMENTS}) -> (Tensor a, Tensor mean)")
+def _norm_mean(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, prefix: int) -> tuple[Tensor, Tensor]:
+    from gspn2_kernels import triton_norm
+
+    _check(x, weight, bias, prefix)
+    with torch.cuda.device_of(x):
+        return triton_norm.forward(x, weight, bias, eps, prefix)
+
+
+@_norm_mean.register_fake
+def _norm_mean_fake(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, prefix: int
+) -> tuple[Tensor, Tensor]:
+    _check(x, weight, bias, prefix)
+    return x.new_empty(x.shape), x.new_empty(x.shape[0], x.shape[2])

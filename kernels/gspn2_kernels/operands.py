@@ -1,0 +1,71 @@
+"""What the ops beside the line scan ask of their tensors, and how autocast casts them."""
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gspn2_kernels.line_scan import autocast_wanted
+
+_TRITON = importlib.util.find_spec("triton") is not None
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def by_triton(t: Tensor) -> bool:
+    """Tell whether kernels run on this tensor: not in an export, whose result shall run anywhere."""
+    exporting = torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()
+    return t.is_cuda and t.dtype != torch.float64 and _TRITON and not exporting
+
+
+def check_first(name: str, form: str, t: Tensor) -> None:
+    """Raise a ValueError where the tensor that all others are compared with has another form or a dtype unknown."""
+    if t.ndim != form.count(",") + 1:
+        raise ValueError(f"{name} has shape {tuple(t.shape)}, expected {form}")
+    if t.dtype not in _DTYPES:
+        raise ValueError(f"{name} has dtype {t.dtype}, expected one of {', '.join(map(str, _DTYPES))}")
+
+
+def check_other(
+    name: str, form: str, t: Tensor | None, shape: tuple[int, ...], first: Tensor, *other_dtypes: torch.dtype
+) -> None:
+    """Raise a ValueError that says how a tensor, if there is one, does not fit the first one."""
+    if t is None:
+        return
+    if t.shape != shape:
+        raise ValueError(f"{name} has shape {tuple(t.shape)}, expected {form} = {shape}")
+    if t.dtype not in (first.dtype, *other_dtypes):
+        choices = " or ".join(map(str, (first.dtype, *other_dtypes)))
+        raise ValueError(f"{name} of shape {shape} has dtype {t.dtype}, expected {choices}, as others have")
+    if t.device != first.device:
+        raise ValueError(f"{name} of shape {shape} is on {t.device}, expected {first.device}, where others are")
+
+
+def autocast(device_type: str, *tensors: Tensor | None) -> tuple[Any, ...]:
+    """Cast tensors as autocast, where it is on, casts those of a linear layer."""
+    if not autocast_wanted(device_type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+
+
+def register_autocast(library: torch.library.Library, op: Any, wide: tuple[int, ...] = ()) -> None:  # noqa: ANN401
+    """Give an op its rule: cast all tensors but those at the places `wide`.
+
+    `torch.library.register_autocast` knows one fixed dtype only, not the dtype that the user chose.
+    """
+    for device_type in ("cpu", "cuda"):
+        library.impl(str(op).partition(".")[2], _rule(op, wide, device_type), f"Autocast{device_type.upper()}")
+
+
+def _rule(op: Callable[..., Any], wide: tuple[int, ...], device_type: str) -> Callable[..., Any]:
+    def rule(*arguments: Any) -> Any:  # noqa: ANN401  whatever the op takes and returns
+        cast = [
+            autocast(device_type, t)[0] if isinstance(t, Tensor) and i not in wide else t
+            for i, t in enumerate(arguments)
+        ]
+        with torch.autocast(device_type, enabled=False):
+            return op(*cast)
+
+    return rule

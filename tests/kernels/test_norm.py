@@ -1,0 +1,229 @@
+"""LayerNorm of tokens and its mean against fp64: the kernel, in the interpreter or on a GPU, the op.
+
+Shapes: B batch, N tokens, P prefix tokens, C channels.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gspn2_kernels.norm import norm_mean
+from gspn2_kernels.testing import TOLERANCES, assert_close
+
+pytest.importorskip("triton")
+kernels = pytest.importorskip("gspn2_kernels.triton_norm")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+EPS = 1e-6
+NAMES = ("a", "mean")
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+# A program takes 4 tokens at a time, a chunk up to 256 channels of two bytes or 128 of four.
+CASES = [
+    pytest.param((2, 5, 24), 1, id="few tokens, chunk of padding"),
+    pytest.param((1, 16, 40), 0, id="full tile, no prefix"),
+    pytest.param((2, 33, 192), 5, id="ragged tiles, two chunks"),
+    pytest.param((1, 18, 5), 17, id="whole tile of prefix, odd sizes"),
+    pytest.param((1, 3, 256), 1, id="one wide chunk"),
+]
+ROUTES = pytest.mark.parametrize("function", [norm_mean, torch.ops.gspn2.norm_mean], ids=["function", "op"])
+
+
+def draw(
+    shape: tuple[int, int, int], dtype: torch.dtype, device: str = DEVICE, shift: float = 0.5
+) -> tuple[Tensor, Tensor, Tensor, float]:
+    """All that the function takes but the prefix: x with the mean `shift`, a weight around 1, a bias that is not 0."""
+    batch, tokens, channels = shape
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*size: int, mean: float = 0.0) -> Tensor:
+        return (torch.randn(size, generator=generator, dtype=torch.float64) + mean).to(device, dtype)
+
+    x, weight, bias = normal(batch, tokens, channels, mean=shift), normal(channels, mean=1), normal(channels, mean=0.5)
+    return x, weight, bias, EPS
+
+
+def reference(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, prefix: int) -> tuple[Tensor, Tensor]:
+    """Compute in fp64, rounded nowhere."""
+    x, weight, bias = (None if t is None else t.double() for t in (x, weight, bias))
+    a = F.layer_norm(x, x.shape[2:], weight, bias, eps)
+    return a, a[:, prefix:].sum(1) / max(1, x.shape[1] - prefix)
+
+
+def check(inputs: tuple, prefix: int, actual: tuple[Tensor, ...], tolerance: float | None = None) -> None:
+    """Compare a with fp64, and the mean with that, in fp64, of the a that came out."""
+    x, *_ = inputs
+    a, mean = actual
+    for out in actual:
+        assert out.dtype == x.dtype
+        assert out.is_contiguous()
+    assert_close("a", reference(*inputs, prefix)[0], a, tolerance)
+    assert_close("mean", a[:, prefix:].double().sum(1) / max(1, a.shape[1] - prefix), mean)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("shape", "prefix"), CASES)
+def test_kernel_is_norm_and_mean(shape, prefix: int, dtype: torch.dtype) -> None:
+    inputs = draw(shape, dtype)
+    check(inputs, prefix, kernels.forward(*inputs, prefix))
+
+
+# The mean itself has a rounding error, of half a unit in the last place at least, beside a deviation of 1: in fp32 of
+# 4e-6 at 100. The differences from it are exact where x is two-byte, whatever the mean.
+@pytest.mark.parametrize(
+    ("dtype", "shift", "tolerance"),
+    [(torch.float32, 100, 1e-5), (torch.bfloat16, 2, None), (torch.float16, 100, None)],
+)
+def test_variance_is_that_of_differences(dtype: torch.dtype, shift: float, tolerance: float | None) -> None:
+    inputs = draw((2, 17, 192), dtype, shift=shift)
+    check(inputs, 1, kernels.forward(*inputs, 1), tolerance)
+
+
+@pytest.mark.parametrize("missing", [(1,), (2,), (1, 2)], ids=["no weight", "no bias", "neither"])
+def test_norm_without_parameters(missing: tuple[int, ...]) -> None:
+    inputs = tuple(None if i in missing else t for i, t in enumerate(draw((2, 5, 40), torch.float32)))
+    check(inputs, 1, kernels.forward(*inputs, 1))
+    check(inputs, 1, norm_mean(*inputs, 1))
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda t: t.repeat(1, 2, 1)[:, ::2],
+        lambda t: t.transpose(0, 1).contiguous().transpose(0, 1),
+        lambda t: t.transpose(1, 2).contiguous().transpose(1, 2),
+        lambda t: F.pad(t, (1, 2))[..., 1:-2],
+        lambda t: t[:1, :1].expand(2, 7, -1),
+    ],
+    ids=["every second token", "tokens first", "channels apart", "part of the channels", "one token for all"],
+)
+def test_layouts_of_x(view) -> None:
+    x, weight, bias, eps = draw((2, 7, 24), torch.float16)
+    inputs = view(x), weight.repeat(2).view(24, 2).T.flatten()[::2], bias, eps
+    assert not inputs[0].is_contiguous()
+    check(inputs, 1, kernels.forward(*inputs, 1))
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 24), (2, 0, 24)], ids=str)
+def test_nothing_to_normalise(shape) -> None:
+    batch, tokens, channels = shape
+    inputs = draw(shape, torch.bfloat16)
+    for out in (kernels.forward(*inputs, 0), norm_mean(*inputs, 0)):
+        assert [t.shape for t in out] == [(batch, tokens, channels), (batch, channels)]
+        assert not out[1].any()
+
+
+def test_mean_of_no_patches_is_zero() -> None:
+    inputs = draw((2, 3, 24), torch.float32)
+    for function in (kernels.forward, norm_mean):
+        actual = function(*inputs, 3)
+        check(inputs, 3, actual)
+        assert not actual[1].any()
+
+
+def test_two_runs_give_equal_bits() -> None:
+    inputs = draw((2, 35, 40), torch.float16)
+    runs = [kernels.forward(*inputs, 1) for _ in range(2)]
+    assert all(torch.equal(first, second) for first, second in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("chosen", [kernels.Plan(4, 2, 1), kernels.Plan(8, 2, 7), kernels.Plan(8, 3, 1000)])
+def test_programs_share_the_tokens(chosen) -> None:
+    inputs = draw((2, 35, 72), torch.float16)
+    check(inputs, 1, kernels.forward(*inputs, 1, chosen=chosen))
+
+
+def test_poison_around_tokens_stays_outside() -> None:
+    """No other image, no other token is seen, and no prefix token in the mean."""
+    inputs = draw((3, 19, 24), torch.float16)
+    expected = kernels.forward(*inputs, 2)
+    inputs[0][::2] = float("nan")
+    inputs[0][:, 0] = float("nan")
+    actual = kernels.forward(*inputs, 2)
+    assert torch.equal(expected[0][1, 1:], actual[0][1, 1:])
+    assert torch.equal(expected[1][1], actual[1][1])
+
+
+@pytest.mark.parametrize(
+    ("channels", "itemsize", "chunk"),
+    [(768, 2, 256), (1152, 2, 256), (1024, 2, 256), (384, 2, 128), (768, 4, 128), (1152, 4, 128), (5, 2, 16)],
+)
+def test_chunks_hold_little_padding(channels: int, itemsize: int, chunk: int) -> None:
+    assert kernels._chunk(channels, itemsize) == chunk
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(64, 197, 768), (3, 1370, 384), (2, 5476, 1152)], ids=str)
+def test_kernel_on_tokens_of_real_models(shape, dtype: torch.dtype) -> None:
+    inputs = draw(shape, dtype)
+    check(inputs, 1, kernels.forward(*inputs, 1))
+    runs = [norm_mean(*inputs, 1) for _ in range(2)]
+    check(inputs, 1, runs[0])
+    assert all(torch.equal(first, second) for first, second in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCES), ids=str)
+def test_function_is_norm_and_mean(dtype: torch.dtype) -> None:
+    inputs = draw((2, 7, 24), dtype)
+    check(inputs, 1, norm_mean(*inputs, 1))
+    # What all the roundings of a come to, beside the one of a result.
+    for name, ref, out in zip(NAMES, reference(*inputs, 1), norm_mean(*inputs, 1), strict=True):
+        assert_close(name, ref, out, 2 * TOLERANCES[dtype])
+
+
+def test_opcheck() -> None:
+    inputs = draw((2, 3, 24), torch.float32)
+    torch.library.opcheck(torch.ops.gspn2.norm_mean.default, (*inputs, 1))
+    torch.library.opcheck(torch.ops.gspn2.norm_mean.default, (inputs[0], None, None, EPS, 0))
+
+
+@ROUTES
+def test_autocast_leaves_it_alone(function) -> None:
+    inputs = draw((2, 3, 24), torch.float32)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        check(inputs, 1, function(*inputs, 1))
+
+
+def test_compiles_as_one_graph() -> None:
+    torch._dynamo.reset()
+    for function in (norm_mean, torch.ops.gspn2.norm_mean):
+        compiled = torch.compile(lambda *t, f=function: f(*t), fullgraph=True, dynamic=True, backend="aot_eager")
+        for tokens in (5, 9):
+            inputs = draw((2, tokens, 24), torch.float32)
+            check(inputs, 1, compiled(*inputs, 1))
+
+
+def test_exports_as_standard_operators() -> None:
+    class Exported(torch.nn.Module):
+        def forward(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+            return norm_mean(x, weight, None, EPS, 1)
+
+    x, weight, *_ = draw((2, 5, 24), torch.float32)
+    sizes = ({0: torch.export.Dim("batch", min=1), 1: torch.export.Dim("tokens", min=3)}, None)
+    program = torch.export.export(Exported(), (x, weight), dynamic_shapes=sizes)
+    targets = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    assert "aten.layer_norm.default" in targets
+    assert not [target for target in targets if target.startswith("gspn2")]
+    x, *_ = draw((1, 9, 24), torch.float32)
+    check((x, weight, None, EPS), 1, program.module()(x, weight))
+
+
+BAD = [
+    (0, lambda t: t[0], r"x has shape \(3, 24\), expected \(B, N, C\)"),
+    (0, lambda t: t.int(), r"x has dtype torch.int32, expected one of torch.float64, "),
+    (1, lambda t: t[:4], r"weight has shape \(4,\), expected \(C,\) = \(24,\)"),
+    (2, lambda t: t[None], r"bias has shape \(1, 24\), expected \(C,\) = \(24,\)"),
+    (2, lambda t: t.half(), r"bias of shape \(24,\) has dtype torch.float16, expected torch.float32"),
+    (4, lambda _: 4, r"prefix is 4, expected 0 to 3, the number of tokens"),
+    (4, lambda _: -1, r"prefix is -1, expected 0 to 3, the number of tokens"),
+]
+
+
+@ROUTES
+@pytest.mark.parametrize(("place", "edit", "message"), BAD)
+def test_bad_inputs_are_named(function, place: int, edit, message: str) -> None:
+    arguments = [*draw((2, 3, 24), torch.float32), 1]
+    arguments[place] = edit(arguments[place])
+    with pytest.raises(ValueError, match=message):
+        function(*arguments)
