@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from gspn2_kernels.eager import line_scan_bwd, line_scan_fwd
+from gspn2_kernels.registration import LIBRARY, define
 
 _log = logging.getLogger(__name__)
 
@@ -163,33 +164,25 @@ def _check_shapes(x: Tensor, lam: Tensor, logits: Tensor, u: Tensor) -> None:
         raise ValueError(f"logits has {groups} groups, expected a divisor of the {channels} channels of x")
 
 
-@torch.library.custom_op(
-    "gspn2::line_scan",
-    mutates_args=(),
-    schema=f"({_ARGUMENTS}) -> Tensor",
-)
+@define(f"line_scan({_ARGUMENTS}) -> Tensor")
 def _line_scan(x: Tensor, lam: Tensor, logits: Tensor, u: Tensor, segment: int) -> Tensor:
     _check(x, lam, logits, u, segment)
     return _backend(x.device, x.dtype).forward(x, lam, logits, u, segment)
 
 
-@_line_scan.register_fake
+@torch.library.register_fake("gspn2::line_scan")
 def _line_scan_fake(x: Tensor, lam: Tensor, logits: Tensor, u: Tensor, segment: int) -> Tensor:
     _check(x, lam, logits, u, segment)
     return x.new_empty(lam.shape)
 
 
-@torch.library.custom_op(
-    "gspn2::line_scan_train",
-    mutates_args=(),
-    schema=f"({_ARGUMENTS}) -> (Tensor y, Tensor states)",
-)
+@define(f"line_scan_train({_ARGUMENTS}) -> (Tensor y, Tensor states)")
 def _line_scan_train(x: Tensor, lam: Tensor, logits: Tensor, u: Tensor, segment: int) -> tuple[Tensor, Tensor]:
     _check(x, lam, logits, u, segment)
     return _training(x).forward(x, lam, logits, u, segment)
 
 
-@_line_scan_train.register_fake
+@torch.library.register_fake("gspn2::line_scan_train")
 def _line_scan_train_fake(x: Tensor, lam: Tensor, logits: Tensor, u: Tensor, segment: int) -> tuple[Tensor, Tensor]:
     _check(x, lam, logits, u, segment)
     return x.new_empty(lam.shape), _training(x).empty_states(x)
@@ -201,10 +194,9 @@ def _training(x: Tensor) -> Training:
     return training
 
 
-@torch.library.custom_op(
-    "gspn2::line_scan_backward",
-    mutates_args=(),
-    schema=f"(Tensor dy, {_ARGUMENTS}, Tensor? states=None) -> (Tensor dx, Tensor dlam, Tensor dlogits, Tensor du)",
+@define(
+    f"line_scan_backward(Tensor dy, {_ARGUMENTS}, Tensor? states=None)"
+    " -> (Tensor dx, Tensor dlam, Tensor dlogits, Tensor du)"
 )
 def _line_scan_backward(
     dy: Tensor, x: Tensor, lam: Tensor, logits: Tensor, u: Tensor, segment: int, states: Tensor | None = None
@@ -214,7 +206,7 @@ def _line_scan_backward(
     return _training(x).backward(dy, x, lam, logits, u, segment, states)
 
 
-@_line_scan_backward.register_fake
+@torch.library.register_fake("gspn2::line_scan_backward")
 def _line_scan_backward_fake(
     dy: Tensor, x: Tensor, lam: Tensor, logits: Tensor, u: Tensor, segment: int, states: Tensor | None = None
 ) -> Gradients:
@@ -238,8 +230,8 @@ def _gradients(ctx: _Context, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ..
     return *torch.ops.gspn2.line_scan_backward(dy, x, lam, logits, u, ctx.segment, *states), None
 
 
-_line_scan.register_autograd(_gradients, setup_context=_save_inputs)
-_line_scan_train.register_autograd(_gradients, setup_context=_save_states)
+torch.library.register_autograd("gspn2::line_scan", _gradients, setup_context=_save_inputs)
+torch.library.register_autograd("gspn2::line_scan_train", _gradients, setup_context=_save_states)
 
 
 def _autocast_rule(device_type: str) -> Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]:
@@ -257,9 +249,8 @@ def _autocast_rule(device_type: str) -> Callable[[Tensor, Tensor, Tensor, Tensor
     return rule
 
 
-_LIBRARY = torch.library.Library("gspn2", "FRAGMENT")
-_LIBRARY.impl("line_scan", _autocast_rule("cpu"), "AutocastCPU")
-_LIBRARY.impl("line_scan", _autocast_rule("cuda"), "AutocastCUDA")
+LIBRARY.impl("line_scan", _autocast_rule("cpu"), "AutocastCPU")
+LIBRARY.impl("line_scan", _autocast_rule("cuda"), "AutocastCUDA")
 
 
 @register_flop_formula([torch.ops.gspn2.line_scan, torch.ops.gspn2.line_scan_train])

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from gspn2_kernels.operands import autocast, by_triton, check_first, check_other, register_autocast
+from gspn2_kernels.registration import define
 
 # Multiply-adds of a 3x3 convolution per element of the result, as torch counts those of its own: 2 FLOPs each.
 _FLOPS_PER_ELEMENT = 2 * 9
@@ -68,9 +69,7 @@ def _check(a: Tensor, weight: Tensor, base: Tensor | None) -> None:
     check_other("base", "(B, H, W, C)", base, tuple(a.shape), a)
 
 
-@torch.library.custom_op(
-    "gspn2::local_perception", mutates_args=(), schema="(Tensor a, Tensor weight, Tensor? base) -> Tensor"
-)
+@define("local_perception(Tensor a, Tensor weight, Tensor? base) -> Tensor")
 def _local_perception(a: Tensor, weight: Tensor, base: Tensor | None) -> Tensor:
     from gspn2_kernels import triton_local
 
@@ -79,17 +78,13 @@ def _local_perception(a: Tensor, weight: Tensor, base: Tensor | None) -> Tensor:
         return triton_local.forward(a, weight, base)
 
 
-@_local_perception.register_fake
+@torch.library.register_fake("gspn2::local_perception")
 def _local_perception_fake(a: Tensor, weight: Tensor, base: Tensor | None) -> Tensor:
     _check(a, weight, base)
     return a.new_empty(a.shape)
 
 
-@torch.library.custom_op(
-    "gspn2::local_perception_backward",
-    mutates_args=(),
-    schema="(Tensor dout, Tensor a, Tensor weight) -> (Tensor da, Tensor dweight)",
-)
+@define("local_perception_backward(Tensor dout, Tensor a, Tensor weight) -> (Tensor da, Tensor dweight)")
 def _local_perception_backward(dout: Tensor, a: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     from gspn2_kernels import triton_local
 
@@ -97,7 +92,7 @@ def _local_perception_backward(dout: Tensor, a: Tensor, weight: Tensor) -> tuple
         return triton_local.backward(dout, a, weight)
 
 
-@_local_perception_backward.register_fake
+@torch.library.register_fake("gspn2::local_perception_backward")
 def _local_perception_backward_fake(dout: Tensor, a: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return a.new_empty(a.shape), weight.new_empty(weight.shape)
 
@@ -112,11 +107,10 @@ def _gradients(ctx: _Context, dout: Tensor) -> tuple[Tensor | None, ...]:
     return *torch.ops.gspn2.local_perception_backward(dout, *ctx.saved_tensors), dout if ctx.has_base else None
 
 
-_local_perception.register_autograd(_gradients, setup_context=_save_inputs)
+torch.library.register_autograd("gspn2::local_perception", _gradients, setup_context=_save_inputs)
 
 
-_LIBRARY = torch.library.Library("gspn2", "FRAGMENT")
-register_autocast(_LIBRARY, torch.ops.gspn2.local_perception)
+register_autocast(torch.ops.gspn2.local_perception)
 
 
 @register_flop_formula(torch.ops.gspn2.local_perception)

@@ -9,10 +9,11 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from gspn2_kernels.operands import autocast, by_triton, check_first, check_other, register_autocast
+from gspn2_kernels.registration import define
 
 _SCHEMA = (
-    "(Tensor y, Tensor weight, Tensor a, Tensor? filters, Tensor? share, Tensor? values, Tensor row, Tensor residual,"
-    " Tensor? gamma, Tensor? prefix_out) -> Tensor"
+    "merge(Tensor y, Tensor weight, Tensor a, Tensor? filters, Tensor? share, Tensor? values, Tensor row,"
+    " Tensor residual, Tensor? gamma, Tensor? prefix_out) -> Tensor"
 )
 # Places of residual and gamma, which autocast leaves alone.
 _WIDE = (7, 8)
@@ -109,7 +110,7 @@ def _check(
         check_other("values", "(B, S, C)", values, (batch, columns, channels), y)
 
 
-@torch.library.custom_op("gspn2::merge", mutates_args=(), schema=_SCHEMA)
+@define(_SCHEMA)
 def _merge(
     y: Tensor,
     weight: Tensor,
@@ -129,7 +130,7 @@ def _merge(
         return triton_local.merge(y, weight, a, filters, share, values, row, residual, gamma, prefix_out)
 
 
-@_merge.register_fake
+@torch.library.register_fake("gspn2::merge")
 def _merge_fake(
     y: Tensor,
     weight: Tensor,
@@ -146,8 +147,7 @@ def _merge_fake(
     return residual.new_empty(residual.shape)
 
 
-_LIBRARY = torch.library.Library("gspn2", "FRAGMENT")
-register_autocast(_LIBRARY, torch.ops.gspn2.merge, _WIDE)
+register_autocast(torch.ops.gspn2.merge, _WIDE)
 
 
 @register_flop_formula(torch.ops.gspn2.merge)

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from gspn2_kernels.line_scan import autocast_wanted
 from gspn2_kernels.operands import by_triton, check_first, check_other
-
-_ARGUMENTS = "Tensor x, Tensor? weight, Tensor? bias, float eps, int prefix"
+from gspn2_kernels.registration import define
 
 
 def norm_mean(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, prefix: int) -> tuple[Tensor, Tensor]:
@@ -59,7 +58,7 @@ def _check(x: Tensor, weight: Tensor | None, bias: Tensor | None, prefix: int) -
         raise ValueError(f"prefix is {prefix}, expected 0 to {tokens}, the number of tokens")
 
 
-@torch.library.custom_op("gspn2::norm_mean", mutates_args=(), schema=f"({_ARGUMENTS}) -> (Tensor a, Tensor mean)")
+@define("norm_mean(Tensor x, Tensor? weight, Tensor? bias, float eps, int prefix) -> (Tensor a, Tensor mean)")
 def _norm_mean(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, prefix: int) -> tuple[Tensor, Tensor]:
     from gspn2_kernels import triton_norm
 
@@ -68,7 +67,7 @@ def _norm_mean(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
         return triton_norm.forward(x, weight, bias, eps, prefix)
 
 
-@_norm_mean.register_fake
+@torch.library.register_fake("gspn2::norm_mean")
 def _norm_mean_fake(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, prefix: int
 ) -> tuple[Tensor, Tensor]:

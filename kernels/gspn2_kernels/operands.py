@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gspn2_kernels.line_scan import autocast_wanted
+from gspn2_kernels.registration import LIBRARY
 
 _TRITON = importlib.util.find_spec("triton") is not None
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -50,13 +51,13 @@ def autocast(device_type: str, *tensors: Tensor | None) -> tuple[Any, ...]:
     return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
 
 
-def register_autocast(library: torch.library.Library, op: Any, wide: tuple[int, ...] = ()) -> None:  # noqa: ANN401
+def register_autocast(op: Any, wide: tuple[int, ...] = ()) -> None:  # noqa: ANN401
     """Give an op its rule: cast all tensors but those at the places `wide`.
 
     `torch.library.register_autocast` knows one fixed dtype only, not the dtype that the user chose.
     """
     for device_type in ("cpu", "cuda"):
-        library.impl(str(op).partition(".")[2], _rule(op, wide, device_type), f"Autocast{device_type.upper()}")
+        LIBRARY.impl(str(op).partition(".")[2], _rule(op, wide, device_type), f"Autocast{device_type.upper()}")
 
 
 def _rule(op: Callable[..., Any], wide: tuple[int, ...], device_type: str) -> Callable[..., Any]:
