@@ -41,39 +41,16 @@ def demo(found: Document) -> list[str]:
     return grid((f"{student['images']:,} test images", "teacher", "student"), rows)
 
 
-def ridge(found: Document) -> list[str]:
-    """Held-out cosine on the way, for every start of the mixers."""
-    runs: dict[str, list[Document]] = {}
-    for run in found["runs"]:
-        run["at"] = {(one["stage"], one["step"]): one["cosine"] for one in run["curve"]}
-        runs.setdefault(run["start"], []).append(run)
-
-    def row(title: str, value: Callable[[Document], float], digits: int = 4) -> Row:
-        return [title, *(f"{mean(map(value, same)):.{digits}f}" for same in runs.values())]
-
-    def at(point: tuple[str, int]) -> Row:
-        return row(f"cosine at {STAGES[point[0]]}, step {point[1]}", lambda run: run["at"][point])
-
-    points = {stage: sorted(point for point in run["at"] if point[0] == stage) for stage in ("align", "recover")}
-    rows = [
-        row("error of the layers after stage 0", lambda run: run["fit_error"], 3),
-        row("cosine after stage 0", lambda run: run["stages"][0]["cosine"]),
-        *(at(one[-1]) for one in points.values()),
-        row("top-1 after stage 2", lambda run: run["stages"][-1]["top1"]),
-    ]
-    return grid((f"mean of {len({run['seed'] for run in found['runs']})} seeds", *runs), rows)
-
-
 def fit(found: Document) -> list[str]:
-    """What the closed-form fit alone makes of a larger teacher."""
+    """What the closed-form fit alone makes of a larger teacher; one sentence."""
     layers, after = found["layers"], found["stages"][0]
-    rows = [
-        ("mean held-out error of the layers", f"{found['fit_error']:.3f}"),
-        ("the same for an SVD of the attention's weights", f"{mean(one['errors']['svd'] for one in layers):.3f}"),
-        *((f"cosine of the final {kind} tokens", f"{after[f'{kind}_cosine']:.3f}") for kind in ("patch", "prefix")),
-        (f"seconds, {found['environment']['device']}", f"{after['seconds']:.0f}"),
+    svd = mean(one["errors"]["svd"] for one in layers)
+    return [
+        f"`{found['teacher']}`, {len(layers)} layers, {after['seconds']:.0f} s on an {found['environment']['device']}:"
+        f" mean held-out error {found['fit_error']:.3f} ({svd:.3f} for an SVD of the",
+        f"attention's weights), cosine of the final patch tokens {after['patch_cosine']:.3f}, of the prefix tokens"
+        f" {after['prefix_cosine']:.3f}.",
     ]
-    return grid((f"`{found['teacher']}`, {len(layers)} layers, stage 0 alone", ""), rows)
 
 
 def costs(found: Document) -> list[str]:
@@ -115,12 +92,50 @@ def kernels(found: Document) -> list[str]:
     )
 
 
+def models(found: Document) -> list[str]:
+    """Time of a whole student beside its teacher."""
+    sizes = found["sizes"]
+    head = f"`{found['model']}`, {found['environment']['device']}, {found['dtype']}: ms"
+    columns = [f"{one['height']} px, batch {one['batch_size']}" for one in sizes]
+    rows = [(who, *(f"{one[who]['median_ms']:.2f}" for one in sizes)) for who in ("teacher", "student")]
+    return grid((head, *columns), [*rows, ("speed", *(f"{one['speedup']:.2f}x" for one in sizes))])
+
+
+def sublayers(found: Document) -> list[str]:
+    """How much faster a mixer's sub-layer is than attention's, and what it keeps for a backward; one sentence."""
+    rows = {(one["sublayer"], one["what"], one["height"]): one for one in found["rows"] if not one["compiled"]}
+    pairs = [(one, rows["mixer", key[1], key[2]]) for key, one in rows.items() if key[0] == "attention, cuDNN"]
+    ratios = [f"{a['ms'] / m['ms']:.1f} times at {a['height']}x{a['width']}" for a, m in pairs if a["what"] == "time"]
+    kept = [m["activation_bytes"] / a["activation_bytes"] for a, m in pairs if a["what"] == "memory"]
+    case = pairs[0][0]
+    return [
+        f"The sub-layer alone, from norm to residual, {case['batch']} images of C = {case['channels']}, R ="
+        f" {case['proxy']}: {' and '.join(ratios)} patches as fast as",
+        f"cuDNN's attention. In training, with C = {pairs[-1][0]['channels']}, it keeps {kept[0]:.0%} of the bytes.",
+    ]
+
+
+def scaling(found: Document) -> list[str]:
+    """How straight time grows with the tokens; one sentence."""
+    off = {
+        what: max(abs(one.get("off_line", 0.0)) for one in found["rows"] if one["what"] == what)
+        for what in ("student", "line scan")
+    }
+    side = max(one["side"] for one in found["rows"])
+    return [
+        f"One image, 64x64 to {side}x{side} patches: time stays within {off['student']:.1%} of a straight line for the"
+        f" student, and within {off['line scan']:.1%} for a scan alone."
+    ]
+
+
 TABLES: dict[str, tuple[str, Callable[[Document], list[str]]]] = {
     "demo": ("recipes/results/demo.json", demo),
-    "ridge": ("recipes/results/ridge_curves.json", ridge),
     "dinov2": ("recipes/results/dinov2_small_fit.json", fit),
     "costs": ("recipes/results/costs.json", costs),
     "line_scan": ("kernels/benchmarks/results/cpu.json", line_scan),
+    "models": ("kernels/benchmarks/results/models_h100.json", models),
+    "sublayers": ("kernels/benchmarks/results/mixer_h100.json", sublayers),
+    "scaling": ("kernels/benchmarks/results/scaling_h100.json", scaling),
     "kernels": ("kernels/benchmarks/results/h100.json", kernels),
 }
 
