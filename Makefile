@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint format wheel-smoke clean
+.PHONY: help venv demo ort-headers test lint format wheel-smoke clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -21,6 +21,9 @@ $(STAMP): pyproject.toml
 demo: venv  ## convert the bundled ViT, evaluate it, export it, run it in ONNX Runtime
 	rm -rf build/demo
 	OMP_NUM_THREADS=1 $(BIN)/gspn2convert demo --output build/demo
+
+ort-headers:  ## put ONNX Runtime's headers into build/ort-headers, for tests of the library (Debian)
+	bash .ci/ort-headers build/ort-headers
 
 # One thread for each of the two workers: more would only compete for the same cores.
 test: venv  ## run the tests; fails below 85 % line coverage

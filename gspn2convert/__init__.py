@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from gspn2convert.model import Gspn2Vit as Gspn2Vit
     from gspn2convert.recipe import Recipe as Recipe
     from gspn2convert.recipe import load_recipe as load_recipe
+    from gspn2convert.session import onnx_session as onnx_session
     from gspn2convert.teachers import load_teacher as load_teacher
 
 __version__ = "0.1.0"
@@ -36,6 +37,7 @@ _HOMES = {
     "load": "artifact",
     "load_recipe": "recipe",
     "load_teacher": "teachers",
+    "onnx_session": "session",
     "save_student": "artifact",
 }
 
@@ -50,6 +52,7 @@ __all__ = [
     "load",
     "load_recipe",
     "load_teacher",
+    "onnx_session",
     "save_student",
 ]
 

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import click
 
-from gspn2convert.commands import bench, demo, describe, distill, doctor, evaluate, export, recipes
+from gspn2convert.commands import bench, build_ops, demo, describe, distill, doctor, evaluate, export, recipes, run
 from gspn2convert.commands.report import write_json
 from gspn2convert.errors import UserError
 from gspn2convert.interrupt import Interrupted
@@ -92,5 +92,5 @@ def main() -> None:
     """Turn a pretrained Vision Transformer into a GSPN-2 one."""
 
 
-for _module in (distill, evaluate, export, describe, bench, recipes, doctor, demo):
+for _module in (distill, evaluate, export, run, build_ops, describe, bench, recipes, doctor, demo):
     main.add_command(_module.command)

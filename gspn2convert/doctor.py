@@ -7,6 +7,7 @@ from pathlib import Path
 
 from gspn2convert.environment import device_name, package_version
 
+_CUDA = "CUDAExecutionProvider"
 _OLDEST = {"torch": (2, 8), "timm": (1, 0, 29)}
 
 
@@ -34,7 +35,8 @@ def report() -> list[Check]:
     checks = [*_python(), *_packages()]
     if package_version("torch") is not None:
         checks += [*_devices(), *_kernels()]
-    return [*checks, *_onnx()]
+    checks += _onnx()
+    return [*checks, _library()] if package_version("torch") is not None else checks
 
 
 def _python() -> list[Check]:
@@ -108,4 +110,30 @@ def _onnxruntime() -> Check:
     import onnxruntime
 
     providers = onnxruntime.get_available_providers()
-    return Check(name=name, value=f"{found}; {', '.join(providers)}")
+    value = f"{found}; {', '.join(providers)}"
+    if installed["onnxruntime-gpu"] is not None and _CUDA not in providers:
+        # What an overwritten or half removed installation looks like.
+        remedy = "pip uninstall -y onnxruntime onnxruntime-gpu && pip install onnxruntime-gpu"
+        return Check(name=name, value=f"{value}: no CUDA provider", ok=False, remedy=remedy)
+    return Check(name=name, value=value)
+
+
+def _library() -> Check:
+    """The library that runs LineScan in ONNX Runtime; a GPU is wasted without it, a CPU does with the file's body."""
+    import torch
+
+    from gspn2_kernels.build import has_cuda, library_path
+
+    name, path = "LineScan library", library_path()
+    wants_cuda = torch.cuda.is_available() and package_version("onnxruntime-gpu") is not None
+    build = "gspn2convert build-ops"
+    if path is None:
+        if wants_cuda:
+            return Check(name=name, value="not built", ok=False, remedy=build)
+        return Check(name=name, value=f"not built; exported files run without it, faster with it: {build}")
+    if not path.exists():
+        return Check(name=name, value=f"{path}: no such file", ok=False, remedy="unset GSPN2_ORT_LIBRARY")
+    if has_cuda(path):
+        return Check(name=name, value=f"CPU and CUDA: {path}")
+    remedy = f"{build} --cuda" if wants_cuda else ""
+    return Check(name=name, value=f"CPU alone: {path}", ok=not wants_cuda, remedy=remedy)

@@ -9,7 +9,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,13 +48,18 @@ class _Sizes:
     patch: tuple[int, int]
     channels: int
     dynamic: bool
+    batch: int | None = None  # where it is fixed, as height and width then are
 
     def free(self) -> dict[int, str]:
         """Axes of the input that may change."""
+        if self.batch is not None:
+            return {}
         return {0: "batch", 2: "height", 3: "width"} if self.dynamic else {0: "batch"}
 
     def traced(self) -> tuple[int, int, int, int]:
         """Shape of the example; a batch of 1 would be taken for a constant, and H = W for one size."""
+        if self.batch is not None:
+            return self.batch, self.channels, *self.native
         if not self.dynamic:
             return 2, self.channels, *self.native
         rows = max(self.native[0] // self.patch[0], 2)
@@ -63,6 +68,8 @@ class _Sizes:
     def checked(self) -> list[tuple[int, int, int, int]]:
         """Shapes to compare at: one image, more of them and, where the size may change, wider ones."""
         height, width = self.native
+        if self.batch is not None:
+            return [self.traced()]
         shapes = [(1, self.channels, height, width), (3, self.channels, height, width)]
         if self.dynamic:
             columns = width // self.patch[1]
@@ -76,6 +83,7 @@ def export_onnx(
     *,
     dtype: str = "fp32",
     size: tuple[int, int] | None = None,
+    static: tuple[int, int, int, int] | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Write a student as one ONNX file that any ONNX Runtime >= 1.18 runs without a further library.
@@ -94,6 +102,8 @@ def export_onnx(
         path: where to write; nothing may be there.
         dtype: "fp32" or "fp16".
         size: height and width to compare at; the model's own by default.
+        static: the one shape (batch, channels, height, width) that the file takes, for runtimes that need it fixed,
+            as CUDA graphs do; `size` is not looked at.
         metadata: further texts for the file's metadata, such as the teacher and the recipe.
 
     Returns:
@@ -101,7 +111,8 @@ def export_onnx(
         parity, a list of shape, max_abs, relative_rms and, for logits, top1_agreement.
 
     Raises:
-        UserError: a missing package, an existing file, an unknown dtype, a size that does not fit, a full disk.
+        UserError: a missing package, an existing file, an unknown dtype, a size or shape that does not fit, a full
+            disk.
         ParityError: the file computes something else than the model.
     """
     path = Path(path)
@@ -109,7 +120,7 @@ def export_onnx(
     _check_target(path, dtype)
     model = copy.deepcopy(student).cpu().float().eval().requires_grad_(False)
     model.set_grad_checkpointing(False)
-    sizes = _sizes(model, size)
+    sizes = _sizes(model, size) if static is None else _static_sizes(model, static)
     generator = torch.Generator().manual_seed(0)
     images = [torch.randn(shape, generator=generator).to(DTYPES[dtype]) for shape in sizes.checked()]
     wanted = [model(image.float()) for image in images]
@@ -189,6 +200,14 @@ def _sizes(model: VisionTransformer, size: tuple[int, int] | None) -> _Sizes:
         channels=channels,
         dynamic=not cfg["fixed_input_size"],
     )
+
+
+def _static_sizes(model: VisionTransformer, shape: tuple[int, int, int, int]) -> _Sizes:
+    batch, channels, height, width = shape
+    own = _sizes(model, (height, width))
+    if batch < 1 or channels != own.channels:
+        raise UserError(f"shape {shape}: expected one image or more of {own.channels} channels")
+    return replace(own, dynamic=False, batch=batch)
 
 
 def _translate(model: VisionTransformer, example: Tensor, sizes: _Sizes, output: str) -> onnx_ir.Model:

@@ -38,7 +38,7 @@ class Views(Dataset[View]):
         self, images: ImageSet, data_config: dict[str, Any], indices: Sequence[int], augment: Augment | None, seed: int
     ) -> None:
         self.images, self._indices, self._seed = images, indices, seed
-        self._transform = _make_transform(data_config, augment, images.in_chans)
+        self._transform = make_transform(data_config, augment, images.in_chans)
 
     def __getitem__(self, key: tuple[int, int]) -> View:
         epoch, position = key
@@ -57,7 +57,7 @@ class Views(Dataset[View]):
         return View(None, -1, index, problem)
 
 
-def _make_transform(
+def make_transform(
     data_config: dict[str, Any], augment: Augment | None, in_chans: int
 ) -> Callable[[Image.Image], Tensor]:
     """Make the teacher's evaluation view, or training views: crops, mirrored or not, in slightly other colours."""

@@ -2,7 +2,8 @@
 
 import os
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -46,6 +47,53 @@ def make_teacher() -> MakeTeacher:
 def tiny_teacher(make_teacher: MakeTeacher) -> VisionTransformer:
     """The plain case: one class token, a head of 5 classes."""
     return make_teacher()
+
+
+class Exported(NamedTuple):
+    """A student and a file of it."""
+
+    student: VisionTransformer
+    path: Path
+
+
+LABELS = ["ant", "bee", "cat", "dog", "eel"]
+
+
+@pytest.fixture(scope="session")
+def export_tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Exported]:
+    """Exports a student of one block, 16 x 24 pixels in patches of 8, to `NAME.onnx`."""
+    from gspn2convert.export import export_onnx
+    from gspn2convert.model import build_student
+
+    folder = tmp_path_factory.mktemp("exported")
+
+    def export(name: str, *, num_classes: int = len(LABELS), **arguments: Any) -> Exported:
+        size = dict(depth=1, embed_dim=32, num_heads=2, img_size=(16, 24), patch_size=8, dynamic_img_size=True)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            teacher = timm.create_model("vit_tiny_patch16_224", num_classes=num_classes, **size)
+            vars(teacher).setdefault("_model_args", size | {"num_classes": num_classes})
+            student = build_student(teacher, (0,), {"proxy_dim": 8}).eval()
+            for parameter in student.parameters():
+                parameter.data.add_(0.3 * torch.randn_like(parameter))
+        if num_classes:
+            student.pretrained_cfg["label_names"] = LABELS
+        export_onnx(student, folder / f"{name}.onnx", **arguments)
+        return Exported(student, folder / f"{name}.onnx")
+
+    return export
+
+
+@pytest.fixture(scope="session")
+def classifier(export_tiny: Callable[..., Exported]) -> Exported:
+    """Classes with names; any batch, height and width."""
+    return export_tiny("classifier")
+
+
+@pytest.fixture(scope="session")
+def feature_model(export_tiny: Callable[..., Exported]) -> Exported:
+    """No head, fp16, and no shape but 2 x 3 x 16 x 24."""
+    return export_tiny("features", num_classes=0, dtype="fp16", static=(2, 3, 16, 24))
 
 
 @pytest.fixture

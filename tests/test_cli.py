@@ -19,11 +19,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
 
+from gspn2_kernels.build import BuildError
 from gspn2convert.cli import explain, main
 from gspn2convert.interrupt import Interrupted
 from gspn2convert.recipe import parse_recipe
 
-COMMANDS = ("bench", "demo", "describe", "distill", "doctor", "evaluate", "export", "recipes")
+COMMANDS = ("bench", "build-ops", "demo", "describe", "distill", "doctor", "evaluate", "export", "recipes", "run")
 PROGRAM = (sys.executable, "-m", "gspn2convert")
 RECIPE = """
 name: tiny
@@ -186,6 +187,17 @@ def test_describe_shows_layers_of_both(run, converted):
 
 
 @pytest.mark.usefixtures("converted")
+def test_static_export_runs_what_it_was_made_for(place, run):
+    shown = run("export {}/student --static 2,3,32,40 --dtype fp16").stdout
+    assert "student/model-fp16-2x3x32x40.onnx" in shown
+    assert "free to change: nothing" in shown
+    line = "run {}/student/model-fp16-2x3x32x40.onnx --images {}/data/test/ant --no-library --json"
+    found = json.loads(run(line).stdout)
+    assert found["session"]["inputs"] == ["image: fp16 (2, 3, 32, 40)"]
+    assert len(found["results"]) == 4
+
+
+@pytest.mark.usefixtures("converted")
 def test_bench_gives_its_verdict(run):
     found = json.loads(run("bench {}/student --against {}/teacher --sizes 32,32x64 --device cpu --json").stdout)
     assert [(row["height"], row["width"]) for row in found["sizes"]] == [(32, 32), (32, 64)]
@@ -238,6 +250,36 @@ def test_doctor_fails_where_something_needed_is_missing(monkeypatch):
     assert 'To mend timm: pip install --upgrade "timm>=99"' in result.stdout
 
 
+@pytest.mark.parametrize("has_cuda", [False, True])
+def test_build_ops_says_how_to_use_the_library(monkeypatch, tmp_path, has_cuda):
+    # Compiling takes long, and its own tests do it.
+    path = tmp_path / "libgspn2_ort.so"
+
+    def build(*, include, cuda, report):
+        report("compiling")
+        return path
+
+    monkeypatch.setattr("gspn2_kernels.build.build", build)
+    monkeypatch.setattr("gspn2_kernels.build.has_cuda", lambda library: has_cuda)
+    result = CliRunner().invoke(main, ["build-ops"])
+    assert result.stderr == "compiling\n"
+    assert result.stdout.startswith(f"built {path} ({'CPU and CUDA' if has_cuda else 'CPU alone'})\n")
+    assert f'options.register_custom_ops_library("{path}")' in result.stdout
+    assert ("CUDAExecutionProvider" in result.stdout) == has_cuda
+    found = json.loads(CliRunner().invoke(main, ["build-ops", "--json"]).stdout)
+    assert found == {"path": str(path), "cuda": has_cuda}
+
+
+def test_what_a_compiler_says_stands_above_the_error(monkeypatch):
+    def build(**options):
+        raise BuildError("the build failed: cmake\nline_scan.cc:1: error\nstop")
+
+    monkeypatch.setattr("gspn2_kernels.build.build", build)
+    result = CliRunner().invoke(main, ["build-ops"])
+    assert result.exit_code == 2
+    assert result.stderr == "line_scan.cc:1: error\nstop\nerror: the build failed: cmake\n"
+
+
 def test_recipes_are_listed_and_shown(run):
     assert run("recipes").exit_code == 2
     listed = json.loads(run("recipes list --json").stdout)["recipes"]
@@ -285,6 +327,12 @@ DISTILL = "distill --teacher {}/teacher --data {}/data --recipe {}/tiny.yaml --o
         ("export {}/student --output {}/new/model.onnx", "new does not exist"),
         ("export {}/student --size 30 --output {}/x.onnx", "no multiple of the patch"),
         ("export {}/student --size 32 --format safetensors", "--size is for --format onnx"),
+        ("export {}/student --static 1,3,32,32 --format safetensors", "--static is for --format onnx"),
+        ("export {}/student --static 1,3,32,32 --size 32", "--static names the size already; leave --size out"),
+        ("export {}/student --static 3,32,32", "'3,32,32': expected images, channels, height, width"),
+        ("export {}/student --static 1,1,32,32 --output {}/x.onnx", "expected one image or more of 3 channels"),
+        ("build-ops --include {}/nowhere", "nowhere' does not exist"),
+        ("build-ops --include {}/empty", "onnxruntime_cxx_api.h is not in"),
         ("bench {}/student --sizes 224x", "'224x': expected"),
         ("bench {}/student --sizes 0", "expected pixels such as 224"),
         ("bench {}/student --against {}/teacher --sizes 33", "no multiple of the patch"),

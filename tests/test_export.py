@@ -248,6 +248,33 @@ def test_model_of_one_size_keeps_it(
         export_onnx(student, tmp_path / "other.onnx", size=(48, 48))
 
 
+@pytest.mark.parametrize("dynamic", [True, False], ids=["dynamic", "fixed"])
+def test_static_file_takes_one_shape(make_student: Callable[..., Gspn2Vit], tmp_path: Path, dynamic: bool) -> None:
+    student, path = make_student(depth=1, layers=(0,), dynamic_img_size=dynamic), tmp_path / "static.onnx"
+    shape = (1, 3, 40, 24) if dynamic else (3, 3, 32, 48)
+    result = export_onnx(student, path, static=shape)
+    model = check_file(path, student, [shape], 1e-5)
+    assert result["dynamic"] == []
+    assert [one["shape"] for one in result["parity"]] == [list(shape)]
+    dimensions = model.graph.input[0].type.tensor_type.shape.dim
+    assert tuple(dimension.dim_value for dimension in dimensions) == shape
+    # Nothing is left to be found out while it runs: CUDA graphs allow no operator that works on shapes.
+    assert not [node.op_type for node in model.graph.node if node.op_type in ("Shape", "Range", "If", "Loop", "Scan")]
+    metadata = {entry.key: json.loads(entry.value) for entry in model.metadata_props if entry.key.startswith("input_")}
+    assert metadata == {"input_size": list(shape[1:])}
+
+
+def test_static_shape_must_fit_the_model(make_student: Callable[..., Gspn2Vit], tmp_path: Path) -> None:
+    for shape, message in (
+        ((2, 1, 32, 48), r"shape \(2, 1, 32, 48\): expected one image or more of 3 channels"),
+        ((0, 3, 32, 48), "expected one image or more"),
+        ((1, 3, 30, 48), "30x48 is no multiple of the patch 8x8"),
+    ):
+        with pytest.raises(UserError, match=message):
+            export_onnx(make_student(), tmp_path / "static.onnx", static=shape)
+    assert not list(tmp_path.iterdir())
+
+
 def test_file_that_computes_something_else_is_not_left(make_student: Callable[..., Gspn2Vit], tmp_path: Path) -> None:
     student = make_student(depth=1, layers=(0,), dynamic_img_size=False)
     student.head.weight.data.mul_(1e5)  # beyond the largest fp16 number

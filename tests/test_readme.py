@@ -66,7 +66,7 @@ def test_commands_exist(line) -> None:
 
 
 def test_every_command_has_an_example() -> None:
-    assert set(found(r"^gspn2convert ([a-z]+)")) == set(main.commands)
+    assert set(found(r"^gspn2convert ([a-z-]+)")) == set(main.commands)
 
 
 @pytest.mark.parametrize("line", found(r"\bpython ([a-z_/]+\.py.*)"))

@@ -29,7 +29,8 @@ def _show(document: Document, console: "Console") -> None:
         for one in document["parity"]
     ]
     show_table(console, ("ONNX Runtime and PyTorch at", "largest error", "relative error", "same guess"), rows)
-    console.print(f"opset {document['opset']}, {document['line_scans']} LineScan nodes, dynamic {document['dynamic']}")
+    dynamic = ", ".join(document["dynamic"]) or "nothing"
+    console.print(f"opset {document['opset']}, {document['line_scans']} LineScan nodes, free to change: {dynamic}")
 
 
 @click.command("export", cls=ReportCommand, show=_show)
@@ -38,21 +39,42 @@ def _show(document: Document, console: "Console") -> None:
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="File; default: inside FOLDER.")
 @click.option("--dtype", type=click.Choice(["fp32", "fp16"]), default="fp32", show_default=True, help="Of the weights.")
 @click.option("--size", metavar="HxW", callback=options.read_size, help="Size to check ONNX at; default: the model's.")
-def command(folder: Path, kind: str, output: Path | None, dtype: str, size: options.Size | None) -> dict[str, Any]:
+@click.option(
+    "--static",
+    metavar="N,C,H,W",
+    callback=options.read_shape,
+    help="ONNX for this one shape, as CUDA graphs need it; default: any batch, height and width.",
+)
+def command(
+    folder: Path,
+    kind: str,
+    output: Path | None,
+    dtype: str,
+    size: options.Size | None,
+    static: options.Shape | None,
+) -> dict[str, Any]:
     """Write a converted model as ONNX or safetensors."""
-    if size is not None and kind != "onnx":
-        raise click.UsageError(f"--size is for --format onnx, not {kind}")
+    for name, value in (("--size", size), ("--static", static)):
+        if value is not None and kind != "onnx":
+            raise click.UsageError(f"{name} is for --format onnx, not {kind}")
+    if size is not None and static is not None:
+        raise click.UsageError("--static names the size already; leave --size out")
     from gspn2convert.artifact import load
     from gspn2convert.export import export_onnx, export_safetensors
 
     student = load(folder)
-    path = output or folder / default_name(kind, dtype)
+    path = output or folder / default_name(kind, dtype, static)
     if kind == "safetensors":
         return export_safetensors(student, path, dtype=dtype)
     source = {"teacher": teacher_name(folder), "recipe": str(metrics_of(folder).get("recipe", ""))}
-    return export_onnx(student, path, dtype=dtype, size=size, metadata=source)
+    return export_onnx(student, path, dtype=dtype, size=size, static=static, metadata=source)
 
 
-def default_name(kind: str, dtype: str) -> str:
+def default_name(kind: str, dtype: str, static: options.Shape | None = None) -> str:
     """Name the file inside the student's folder, whose own weights are `model.safetensors`."""
-    return "model.onnx" if (kind, dtype) == ("onnx", "fp32") else f"model-{dtype}.{kind}"
+    parts = ["model"]
+    if (kind, dtype) != ("onnx", "fp32"):
+        parts.append(dtype)
+    if static is not None:
+        parts.append("x".join(map(str, static)))
+    return f"{'-'.join(parts)}.{kind}"

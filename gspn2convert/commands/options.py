@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 Size = tuple[int, int]
+Shape = tuple[int, int, int, int]
 Value = str | None
 
 FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
@@ -31,6 +32,27 @@ def read_size(context: click.Context, parameter: click.Parameter, value: Value) 
 def read_sizes(context: click.Context, parameter: click.Parameter, value: str) -> tuple[Size, ...]:
     """Read several sizes with commas between them."""
     return tuple(_size(part) for part in value.split(","))
+
+
+def read_numbers(context: click.Context, parameter: click.Parameter, value: Value) -> tuple[float, ...] | None:
+    """Read numbers with commas between them."""
+    if value is None:
+        return None
+    try:
+        return tuple(float(part) for part in value.split(","))
+    except ValueError:
+        raise click.BadParameter(f"{value!r}: expected numbers such as 0.5 or 0.485,0.456,0.406") from None
+
+
+def read_shape(context: click.Context, parameter: click.Parameter, value: Value) -> Shape | None:
+    """Read `8,3,224,224`: images, channels, height, width."""
+    if value is None:
+        return None
+    parts = [part.strip() for part in value.split(",")]
+    if len(parts) != 4 or not all(part.isdecimal() and int(part) for part in parts):
+        raise click.BadParameter(f"{value!r}: expected images, channels, height, width such as 8,3,224,224")
+    images, channels, height, width = map(int, parts)
+    return images, channels, height, width
 
 
 def read_stages(context: click.Context, parameter: click.Parameter, value: str) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from statistics import mean, median
+from statistics import mean
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -63,18 +63,6 @@ def costs(found: Document) -> list[str]:
         rows.append([f"MACs at {size['pixels']} px", f"{both[0]['tokens']:,}", *macs, *fewer])
     head = (f"`{found['teacher']}`, recipe `{found['recipe']}`", "patches", "teacher", "student")
     return grid((*head, "ratio", "ratio, mixing alone"), rows)
-
-
-def line_scan(found: Document) -> list[str]:
-    """How much faster the default CPU path is than the reference; one sentence."""
-    ms: dict[str, dict[str, float]] = {"reference": {}, "eager": {}}
-    for one in found["rows"]:
-        # A row without a time says why; one case may be in the list in several dtypes.
-        if "ms" in one and one["provider"] in ms:
-            ms[one["provider"]][f"{one['shape']} {one.get('dtype')} {one['pass']}"] = one["ms"]
-    ratios = sorted(time / ms["eager"][case] for case, time in ms["reference"].items() if case in ms["eager"])
-    span = f"{ratios[0]:.1f} to {ratios[-1]:.1f} times (median {median(ratios):.1f})"
-    return [f"The scan's default path is {span} as fast as the reference that defines it, on an {found['device']}."]
 
 
 def kernels(found: Document) -> list[str]:
@@ -132,7 +120,6 @@ TABLES: dict[str, tuple[str, Callable[[Document], list[str]]]] = {
     "demo": ("recipes/results/demo.json", demo),
     "dinov2": ("recipes/results/dinov2_small_fit.json", fit),
     "costs": ("recipes/results/costs.json", costs),
-    "line_scan": ("kernels/benchmarks/results/cpu.json", line_scan),
     "models": ("kernels/benchmarks/results/models_h100.json", models),
     "sublayers": ("kernels/benchmarks/results/mixer_h100.json", sublayers),
     "scaling": ("kernels/benchmarks/results/scaling_h100.json", scaling),

@@ -1,9 +1,13 @@
-"""Poisoned memory for every test of the operator."""
+"""Poisoned memory for every test of the operator, and the library of the ONNX op."""
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+
+from gspn2_kernels.build import BuildError, build
 
 
 @pytest.fixture(autouse=True)
@@ -15,3 +19,29 @@ def _poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def built_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The library of the ONNX op, without CUDA, built once for all workers.
+
+    Where something is missing for that the tests are skipped, unless GSPN2_REQUIRE_ORT_OP is set.
+    """
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        try:
+            return build()
+        except BuildError as error:
+            if os.environ.get("GSPN2_REQUIRE_ORT_OP"):
+                pytest.fail(f"GSPN2_REQUIRE_ORT_OP is set, but: {error}")
+            pytest.skip(str(error))
+
+
+@pytest.fixture
+def library(built_library: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The same, found by `onnx_op.register`."""
+    monkeypatch.setenv("GSPN2_ORT_LIBRARY", str(built_library))
+    return built_library

@@ -1,0 +1,158 @@
+"""Builds the ONNX Runtime library `gspn2_ort` from the package's own sources, once for a machine, and finds it.
+
+A build goes to `~/.cache/gspn2convert/ort-<key>/` (`$XDG_CACHE_HOME` counts), where the key stands for everything
+that it depends on. It appears there complete or not at all, also when several processes build at once.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from gspn2_kernels.build_tools import (
+    BuildError,
+    api_version,
+    find_cmake,
+    find_compiler,
+    find_headers,
+    find_nvcc,
+    version,
+)
+
+__all__ = ["BuildError", "build", "cache_folder", "has_cuda", "library_path"]
+
+_log = logging.getLogger(__name__)
+
+_SOURCES = Path(__file__).parent / "csrc"
+_LIBRARY = "libgspn2_ort.so"
+_LOG_LINES = 30
+
+
+def build(*, include: Path | None = None, cuda: bool = False, report: Callable[[str], None] = _log.info) -> Path:
+    """Build the library, unless that has been done.
+
+    Args:
+        include: Folder of ONNX Runtime's C++ headers; by default it is looked for, see `find_headers`.
+        cuda: Whether to build the CUDA kernels too. They compile, and have not run on a GPU yet.
+        report: Called with a line of text for each step.
+
+    Returns:
+        Path of the library.
+
+    Raises:
+        BuildError: Something is missing or the compiler fails; the message says what to do.
+    """
+    headers, compiler, (cmake, generator) = find_headers(include), find_compiler(), find_cmake()
+    nvcc = find_nvcc() if cuda else None
+    made_of = {
+        "sources": _source_hash(),
+        "compiler": version(compiler),
+        "cmake": version(cmake),
+        "nvcc": version(nvcc) if nvcc else None,
+        "onnxruntime_api": api_version(headers),
+        "cuda": nvcc is not None,
+    }
+    key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
+    target = cache_folder() / f"ort-{key}"
+    with _locked(target.with_suffix(".lock")):
+        if not (target / _LIBRARY).exists():
+            report(f"building with {compiler}, {f'{nvcc}, ' if nvcc else ''}headers in {headers}")
+            options = [f"-DORT_INCLUDE_DIR={headers}", f"-DCMAKE_CXX_COMPILER={compiler}"]
+            if nvcc:
+                report("the CUDA kernels take minutes; they have not run on a GPU yet: compare before you rely on them")
+                options += ["-DGSPN2_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={nvcc}"]
+            _build_into(target, [cmake, "-G", generator, *options], made_of)
+    report(f"library: {target / _LIBRARY}")
+    return target / _LIBRARY
+
+
+def library_path() -> Path | None:
+    """Find the library: GSPN2_ORT_LIBRARY, else the one in the package, else the newest build of these sources.
+
+    The path of GSPN2_ORT_LIBRARY is returned as it is, whether or not there is a file.
+    """
+    if named := os.environ.get("GSPN2_ORT_LIBRARY"):
+        return Path(named)
+    packaged = Path(__file__).parent / "lib" / _LIBRARY
+    if packaged.exists():
+        return packaged
+    built = [path for path in cache_folder().glob(f"ort-*/{_LIBRARY}") if _fits(path)]
+    return max(built, key=lambda path: path.stat().st_mtime, default=None)
+
+
+def has_cuda(path: Path) -> bool:
+    """Tell from the file beside a library whether it has the CUDA kernels; without that file it counts as without."""
+    return _metadata(path).get("cuda") is True
+
+
+def cache_folder() -> Path:
+    """Where builds are kept; it need not exist."""
+    cache = os.environ.get("XDG_CACHE_HOME")
+    return (Path(cache) if cache else Path.home() / ".cache") / "gspn2convert"
+
+
+def _build_into(target: Path, configure: list[str], made_of: dict[str, Any]) -> None:
+    """Build in a temporary folder beside `target` and move the result there."""
+    with tempfile.TemporaryDirectory(prefix=".build-", dir=target.parent) as name:
+        work, result = Path(name) / "work", Path(name) / "result"
+        _run([*configure, "-S", str(_SOURCES), "-B", str(work)])
+        _run([configure[0], "--build", str(work), "--parallel"])
+        result.mkdir()
+        shutil.copy2(work / _LIBRARY, result / _LIBRARY)
+        _beside(result / _LIBRARY).write_text(json.dumps(made_of, indent=1) + "\n")
+        # What a process left that was killed here before the library got its name.
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(result, target)
+
+
+def _run(command: list[str]) -> None:
+    """Run a step of a build.
+
+    Raises:
+        BuildError: It failed; with the end of what it printed.
+    """
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    if done.returncode != 0:
+        end = "\n".join(done.stdout.splitlines()[-_LOG_LINES:])
+        raise BuildError(f"the build failed: {' '.join(command)}\n{end}")
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a lock among processes; it ends with the process, whatever happens to that."""
+    import fcntl
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _source_hash() -> str:
+    digest = hashlib.sha256()
+    for path in sorted(_SOURCES.iterdir()):
+        digest.update(path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def _beside(library: Path) -> Path:
+    return library.with_suffix(".json")
+
+
+def _metadata(library: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(_beside(library).read_text())
+    except (OSError, ValueError):
+        return {}
+    return found
+
+
+def _fits(library: Path) -> bool:
+    return _metadata(library).get("sources") == _source_hash()

@@ -1,0 +1,89 @@
+// Instructions of a GPU for which C++ has no words: asynchronous copies, hints for the L2 cache, fast functions.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace gspn2 {
+
+// How long L2 keeps what is read or written once. A stream that leaves first spares x, which four directions read.
+__device__ inline uint64_t CachePolicy(bool leave_first) {
+  uint64_t first, normal;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(first));
+  asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(normal));
+  return leave_first ? first : normal;
+}
+
+__device__ inline uint32_t SharedAddress(const void* shared) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+}
+
+// Copies of 16 bytes past L1, if wanted. The condition is inside: around it, the compiler would branch for every copy.
+__device__ inline void CopyAsync16(bool wanted, void* shared, const void* global) {
+  asm volatile("{.reg .pred p; setp.ne.b32 p, %0, 0; @p cp.async.cg.shared.global [%1], [%2], 16;}" ::"r"(+wanted),
+               "r"(SharedAddress(shared)), "l"(global)
+               : "memory");
+}
+
+__device__ inline void CopyAsync16(bool wanted, void* shared, const void* global, uint64_t policy) {
+  asm volatile(
+      "{.reg .pred p; setp.ne.b32 p, %0, 0; @p cp.async.cg.shared.global.L2::cache_hint [%1], [%2], 16, %3;}" ::"r"(
+          +wanted),
+      "r"(SharedAddress(shared)), "l"(global), "l"(policy)
+      : "memory");
+}
+
+// Copies words that lie side by side, through L1.
+template <int kWords>
+__device__ inline void CopyWordsAsync(bool wanted, void* shared, const void* global) {
+  static_assert(kWords == 2 || kWords == 3);
+  if constexpr (kWords == 2)
+    asm volatile(
+        "{.reg .pred p; setp.ne.b32 p, %0, 0; @p cp.async.ca.shared.global [%1], [%2], 4;"
+        "@p cp.async.ca.shared.global [%1+4], [%2+4], 4;}" ::"r"(+wanted),
+        "r"(SharedAddress(shared)), "l"(global)
+        : "memory");
+  else
+    asm volatile(
+        "{.reg .pred p; setp.ne.b32 p, %0, 0; @p cp.async.ca.shared.global [%1], [%2], 4;"
+        "@p cp.async.ca.shared.global [%1+4], [%2+4], 4; @p cp.async.ca.shared.global [%1+8], [%2+8], 4;}" ::"r"(
+            +wanted),
+        "r"(SharedAddress(shared)), "l"(global)
+        : "memory");
+}
+
+__device__ inline void CommitCopies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits until all but the last `kPending` groups of this thread's copies are there.
+template <int kPending>
+__device__ inline void WaitForCopies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+__device__ inline void Store16(void* global, uint4 v, uint64_t policy) {
+  asm volatile("st.global.L2::cache_hint.v4.b32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(global), "r"(v.x), "r"(v.y),
+               "r"(v.z), "r"(v.w), "l"(policy)
+               : "memory");
+}
+
+__device__ inline float Exp2(float a) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(a));
+  return result;
+}
+
+__device__ inline float Reciprocal(float a) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(a));
+  return result;
+}
+
+// Unlike fminf, which drops a NaN.
+__device__ inline float MinOrNan(float a, float b) {
+  float result;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
+}
+
+}  // namespace gspn2

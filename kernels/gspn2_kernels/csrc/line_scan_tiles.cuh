@@ -1,0 +1,195 @@
+// Who holds what, where it lies in shared memory, and the arithmetic of one position.
+//
+// A block of warps scans one direction of one image, for a block of channels. A warp holds a run of positions of a
+// line for CL * V channels: its lanes are K positions x CL groups of V channels, and every lane keeps P adjacent
+// positions in registers. Warps side by side share out the channels, or a line.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "line_scan_ptx.cuh"
+
+namespace gspn2 {
+
+constexpr int kLanes = 32;
+constexpr int kChunk = 16;  // bytes of one asynchronous copy
+constexpr int kBanks = 128;  // bytes that shared memory serves at once
+
+// The sizes of a compiled kernel. `kStages` lines are in shared memory: one in use, the others under way.
+template <typename T, int V, int CL, int P, int kStages_>
+struct Tile {
+  using Number = T;
+  static constexpr int kVector = V, kChannelLanes = CL, kPositions = P, kStages = kStages_;
+  static constexpr int kPositionLanes = kLanes / CL;
+  static constexpr int kHeld = kPositionLanes * P;  // positions of a warp
+  static constexpr int kChannels = CL * V;  // channels of a warp
+  static constexpr int kVectorBytes = V * static_cast<int>(sizeof(T));
+  static constexpr int kRow = CL * kVectorBytes;  // bytes of a position in a warp's share of a tensor
+  static constexpr int kRowChunks = kRow / kChunk;
+  static constexpr int kPasses = (P * kVectorBytes + kChunk - 1) / kChunk;  // copies of a thread, line and tensor
+  static constexpr int kLogitSlot = sizeof(T) == 2 ? 8 : 16;
+  // Lanes read rows P apart. Where P is even, a row is left out after every 128 bytes, or they would share banks.
+  static constexpr int kSkew = P % 2 ? 0 : kBanks / kRow;
+  // Threads of a block at most: they share 65536 registers.
+  static constexpr int kThreads = P <= 2 ? 512 : kVectorBytes == kChunk ? 384 : 1024;
+  // Short lines are soon done: there, what counts is that all blocks of a large batch are resident.
+  static constexpr int kResident = kVectorBytes == kChunk && P == 1 ? 2 : 1;
+};
+
+__host__ __device__ inline int SlotOf(int position, int skew) {
+  return skew ? position + position / skew : position;
+}
+
+// Lines, positions of a line, and pixels between lines, between positions and before the first line of a scan.
+struct Direction {
+  int lines, positions, step, across, start;
+};
+
+__host__ __device__ inline Direction DirectionOf(int direction, int height, int width) {
+  const bool vertical = direction < 2, backwards = direction % 2;
+  Direction d;
+  d.lines = vertical ? height : width;
+  d.positions = vertical ? width : height;
+  d.across = vertical ? 1 : width;
+  const int step = vertical ? width : 1;
+  d.step = backwards ? -step : step;
+  d.start = backwards ? (d.lines - 1) * step : 0;
+  return d;
+}
+
+// Offsets in shared memory. A stage holds a line of x, lam and u; y takes the place of u. In a tensor lies a region
+// for each warp of channels, in it a row for each position.
+struct Layout {
+  int held, region, tensor, stage;
+  int weights, weight_buffer, logits, logit_stage, edges, edge_buffer, total;
+};
+
+template <class Tile>
+Layout LayoutOf(int line_warps, int channel_warps, int groups) {
+  Layout l;
+  l.held = Tile::kHeld * line_warps;
+  const int rows = (SlotOf(l.held - 1, Tile::kSkew) + 1) * Tile::kRow;
+  // Eight lanes copy 128 bytes of one or more positions; the rest of the division spreads them over all banks.
+  l.region = (rows + kBanks - 1) / kBanks * kBanks + (channel_warps > 1 ? kBanks / channel_warps : 0);
+  l.tensor = l.region * channel_warps;
+  l.stage = 3 * l.tensor;
+  l.weights = Tile::kStages * l.stage;
+  l.weight_buffer = groups * l.held * static_cast<int>(sizeof(float4));
+  l.logits = l.weights + 2 * l.weight_buffer;
+  l.logit_stage = groups * l.held * Tile::kLogitSlot;
+  l.edges = l.logits + Tile::kStages * l.logit_stage;
+  // The first and the last states of each warp of a line, and of one more at each end, which stay 0.
+  l.edge_buffer = (line_warps + 2) * 2 * channel_warps * Tile::kChannels * static_cast<int>(sizeof(float));
+  l.total = l.edges + 2 * l.edge_buffer;
+  return l;
+}
+
+// What a kernel is told. segment is the number of lines when a scan never restarts.
+struct Scan {
+  const char *x, *lam, *logits, *u;
+  char* y;
+  int height, width, channels, groups, segment;
+  int channel_blocks, line_warps, channel_warps, groups_held;
+  bool stream;
+  Layout layout;
+};
+
+template <int kBytes>
+struct Words {
+  static constexpr int kCount = kBytes / 4;
+  uint32_t word[kCount];
+
+  __device__ static Words Read(const void* from) {
+    Words w;
+    if constexpr (kBytes % 16 == 0) {
+#pragma unroll
+      for (int i = 0; i < kBytes / 16; ++i) {
+        const uint4 v = static_cast<const uint4*>(from)[i];
+        w.word[4 * i] = v.x, w.word[4 * i + 1] = v.y, w.word[4 * i + 2] = v.z, w.word[4 * i + 3] = v.w;
+      }
+    } else if constexpr (kBytes == 8) {
+      const uint2 v = *static_cast<const uint2*>(from);
+      w.word[0] = v.x, w.word[1] = v.y;
+    } else {
+      w.word[0] = *static_cast<const uint32_t*>(from);
+    }
+    return w;
+  }
+
+  __device__ void Write(void* to) const {
+    if constexpr (kBytes % 16 == 0) {
+#pragma unroll
+      for (int i = 0; i < kBytes / 16; ++i)
+        static_cast<uint4*>(to)[i] =
+            make_uint4(word[4 * i], word[4 * i + 1], word[4 * i + 2], word[4 * i + 3]);
+    } else if constexpr (kBytes == 8) {
+      *static_cast<uint2*>(to) = make_uint2(word[0], word[1]);
+    } else {
+      *static_cast<uint32_t*>(to) = word[0];
+    }
+  }
+};
+
+__device__ inline float2 Unpack(uint32_t w, __nv_bfloat16) {
+  return make_float2(__uint_as_float(w << 16), __uint_as_float(w & 0xffff0000u));
+}
+
+__device__ inline float2 Unpack(uint32_t w, __half) {
+  return make_float2(__half2float(__ushort_as_half(static_cast<unsigned short>(w))),
+                     __half2float(__ushort_as_half(static_cast<unsigned short>(w >> 16))));
+}
+
+__device__ inline uint32_t Pack(float low, float high, __nv_bfloat16) {
+  const __nv_bfloat162 v = __floats2bfloat162_rn(low, high);
+  return __bfloat16_as_ushort(v.x) | static_cast<uint32_t>(__bfloat16_as_ushort(v.y)) << 16;
+}
+
+__device__ inline uint32_t Pack(float low, float high, __half) {
+  return __half_as_ushort(__float2half_rn(low)) | static_cast<uint32_t>(__half_as_ushort(__float2half_rn(high))) << 16;
+}
+
+// Number i of a vector in memory.
+template <typename T, int kBytes>
+__device__ inline float Get(const Words<kBytes>& w, int i) {
+  if constexpr (sizeof(T) == 4) {
+    return __uint_as_float(w.word[i]);
+  } else {
+    const float2 pair = Unpack(w.word[i / 2], T());
+    return i % 2 ? pair.y : pair.x;
+  }
+}
+
+template <typename T, int V>
+__device__ inline Words<V * sizeof(T)> ToWords(const float (&v)[V]) {
+  Words<V * sizeof(T)> w;
+  if constexpr (sizeof(T) == 4) {
+#pragma unroll
+    for (int i = 0; i < V; ++i) w.word[i] = __float_as_uint(v[i]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < V / 2; ++i) w.word[i] = Pack(v[2 * i], v[2 * i + 1], T());
+  }
+  return w;
+}
+
+// Weights of three neighbours, of which the first and the last may not exist: softmax of log(sigmoid).
+//
+// e = exp(-a), so that a weight is 1 / (1 + e) over the sum of these. Where all neighbours' logits are very low, all
+// are raised alike: below -19 a sigmoid is exp(a) in fp32, so that nothing changes but that products stay finite.
+// What is cut off then is a weight of 1e-10.
+__device__ inline float4 Normalise(float a0, float a1, float a2, bool first, bool last) {
+  constexpr float kLog2e = 1.4426950408889634f, kLow = 19.0f, kCut = 42.9f;
+  const float least = fminf(fminf(first ? -a1 : -a0, last ? -a1 : -a2), -a1);
+  const float raise = fmaxf(least - kLow, 0.0f);
+  const float e0 = Exp2(kLog2e * MinOrNan(-a0 - raise, kCut));
+  const float e1 = Exp2(kLog2e * MinOrNan(-a1 - raise, kCut));
+  const float e2 = Exp2(kLog2e * MinOrNan(-a2 - raise, kCut));
+  const float s0 = first ? 1.0f : 1.0f + e0, s1 = 1.0f + e1, s2 = last ? 1.0f : 1.0f + e2;
+  // 1/s0 : 1/s1 : 1/s2 = s1 s2 : s0 s2 : s0 s1, with one division in all.
+  const float w0 = first ? 0.0f : s1 * s2, w1 = s0 * s2, w2 = last ? 0.0f : s0 * s1;
+  const float scale = Reciprocal(w0 + w1 + w2);
+  return make_float4(w0 * scale, w1 * scale, w2 * scale, 0.0f);
+}
+
+}  // namespace gspn2

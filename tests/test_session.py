@@ -1,0 +1,231 @@
+"""Exported files in ONNX Runtime: numbers against PyTorch, what runs where, and what is refused."""
+
+import ctypes
+import logging
+import os
+import sys
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import TensorProto, helper
+
+import gspn2convert
+from gspn2_kernels.build import has_cuda, library_path
+from gspn2_kernels.testing import assert_close
+from gspn2convert import session as module
+from gspn2convert.errors import UserError
+from gspn2convert.session import BODY, CPU, CUDA, KERNEL, OnnxSession, onnx_session, pick_providers
+
+built = pytest.mark.skipif(library_path() is None, reason="needs the library: gspn2convert build-ops")
+
+
+def images(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(3))
+
+
+def compare(session: OnnxSession, student: torch.nn.Module, pixels: torch.Tensor, tolerance: float) -> None:
+    with torch.no_grad():
+        want = student(pixels)
+    assert_close("output", want, torch.from_numpy(session.run(pixels.numpy())).float(), tolerance)
+
+
+def test_package_offers_it():
+    assert gspn2convert.onnx_session is onnx_session
+
+
+@pytest.mark.parametrize("library", [False, pytest.param(True, marks=built)], ids=["body", "library"])
+def test_runs_as_pytorch_does(classifier, library):
+    session = onnx_session(classifier.path, ["cpu"], library=library)
+    compare(session, classifier.student, images(3, 3, 16, 24), 1e-5)
+    compare(session, classifier.student, images(1, 3, 40, 8), 1e-5)
+    assert (session.batch, session.input_size, session.size_multiple) == (None, (3, None, None), (8, 8))
+    assert session.describe() == {
+        "file": str(classifier.path),
+        "onnxruntime": onnxruntime.__version__,
+        "providers": [CPU],
+        "line_scan": KERNEL if library else BODY,
+        "line_scan_provider": CPU,
+        "library": str(library_path()) if library else None,
+        "dtype": "fp32",
+        "inputs": ["image: fp32 (batch, 3, height, width)"],
+        "outputs": ["logits: fp32 (batch, 5)"],
+    }
+
+
+@pytest.mark.parametrize("library", [False, pytest.param(True, marks=built)], ids=["body", "library"])
+def test_runs_a_static_file_in_fp16(feature_model, library):
+    session = onnx_session(feature_model.path, ["cpu"], library=library)
+    compare(session, feature_model.student, images(2, 3, 16, 24), 5e-3)
+    assert (session.batch, session.input_size, session.size_multiple) == (2, (3, 16, 24), (1, 1))
+    described = session.describe()
+    assert described["dtype"] == "fp16"
+    assert described["inputs"] == ["image: fp16 (2, 3, 16, 24)"]
+    assert described["outputs"] == ["features: fp16 (2, 32)"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(CUDA not in onnxruntime.get_available_providers(), reason="needs onnxruntime-gpu")
+def test_runs_on_cuda(classifier):
+    session = onnx_session(classifier.path)
+    compare(session, classifier.student, images(3, 3, 16, 24), 1e-3)
+    path = library_path()
+    assert session.describe()["providers"][0] == CUDA
+    assert session.describe()["line_scan"] == (KERNEL if path and has_cuda(path) else BODY)
+
+
+def test_library_is_optional_and_insisted_on_only_if_asked(classifier, monkeypatch, tmp_path):
+    monkeypatch.delenv("GSPN2_ORT_LIBRARY", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert onnx_session(classifier.path).describe()["line_scan"] == BODY
+    with pytest.raises(UserError, match="gspn2convert build-ops"):
+        onnx_session(classifier.path, library=True)
+
+
+def test_library_that_was_named_is_not_passed_over(classifier, monkeypatch, tmp_path):
+    path = tmp_path / "library.so"
+    monkeypatch.setenv("GSPN2_ORT_LIBRARY", str(path))
+    with pytest.raises(UserError, match=r"library\.so, which does not exist"):
+        onnx_session(classifier.path)
+    path.write_bytes(b"no library")
+    with pytest.raises(UserError, match=r"library\.so: ONNX Runtime cannot load this library .*rebuild it"):
+        onnx_session(classifier.path, ["cpu"])
+    assert onnx_session(classifier.path, library=False).describe()["line_scan"] == BODY
+
+
+def test_library_of_the_cpu_alone_is_left_out_on_cuda(classifier, monkeypatch, tmp_path, caplog):
+    (tmp_path / "library.so").touch()  # nothing beside it says that it has CUDA kernels
+    monkeypatch.setenv("GSPN2_ORT_LIBRARY", str(tmp_path / "library.so"))
+    monkeypatch.setattr(module, "pick_providers", lambda available, asked: [CUDA, CPU])
+    monkeypatch.setattr(module, "_preload", lambda runtime: None)
+    with pytest.raises(
+        UserError, match=r"library\.so has no kernels for CUDAExecutionProvider; run gspn2convert build-"
+    ):
+        onnx_session(classifier.path, library=True)
+    with pytest.warns(UserWarning, match="not in available"):  # this ONNX Runtime may have no CUDA
+        onnx_session(classifier.path)
+    assert "LineScan runs without its library" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((2, 1, 16, 24), r"takes \(B, 3, H, W\), H in multiples of 8 and W of 8"),
+        ((3, 16, 24), r"images of shape \(3, 16, 24\): classifier.onnx takes \(B, 3, H, W\)"),
+        ((2, 3, 16, 20), "multiples of 8"),
+    ],
+)
+def test_images_of_another_shape_are_refused(classifier, shape, message):
+    with pytest.raises(UserError, match=message):
+        onnx_session(classifier.path, library=False).run(np.zeros(shape, np.float32))
+
+
+def test_images_must_be_what_a_static_file_takes(feature_model):
+    session = onnx_session(feature_model.path, library=False)
+    for shape in ((1, 3, 16, 24), (2, 3, 24, 24)):
+        with pytest.raises(UserError, match=r"features.onnx takes \(2, 3, 16, 24\)$"):
+            session.run(np.zeros(shape, np.float32))
+    with pytest.raises(UserError, match="images of type uint8: features.onnx takes normalised floating-point images"):
+        session.run(np.zeros((2, 3, 16, 24), np.uint8))
+
+
+def test_files_that_are_no_model_are_refused(classifier, tmp_path):
+    with pytest.raises(UserError, match=r"nowhere.onnx: no such file; gspn2convert export writes one"):
+        onnx_session(tmp_path / "nowhere.onnx")
+    path = tmp_path / "other.onnx"
+    for content in (b"", b"hello", classifier.path.read_bytes()[:5000]):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"other\.onnx: no ONNX file, or not all of it"):
+            onnx_session(path, library=False)
+
+
+def test_file_without_its_body_needs_the_library(classifier, tmp_path):
+    model = onnx.load(classifier.path)
+    del model.functions[:]
+    onnx.save(model, tmp_path / "bare.onnx")
+    with pytest.raises(UserError, match="a tool took the body of LineScan out; run gspn2convert build-ops"):
+        onnx_session(tmp_path / "bare.onnx", library=False)
+
+
+def other_model(path, shape, dtype=TensorProto.FLOAT):
+    """A file of ours it is not: two outputs, no metadata, no LineScan."""
+    value = [helper.make_tensor_value_info(name, dtype, shape) for name in ("x", "y", "z")]
+    nodes = [helper.make_node("Relu", ["x"], ["y"]), helper.make_node("Neg", ["x"], ["z"])]
+    graph = helper.make_graph(nodes, "other", value[:1], value[1:])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
+    return path
+
+
+def test_other_image_models_run_too(tmp_path):
+    session = onnx_session(other_model(tmp_path / "other.onnx", ["B", 3, None, None]), library=False)
+    pixels = images(2, 3, 5, 7).numpy()
+    positive, negative = session.run(pixels)
+    assert np.array_equal(positive, pixels.clip(0))
+    assert np.array_equal(negative, -pixels)
+    described = session.describe()
+    assert (described["line_scan"], described["line_scan_provider"]) == (None, None)
+    assert described["inputs"] == ["x: fp32 (B, 3, ?, ?)"]
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [([1, 3], TensorProto.FLOAT), (["B", "C", 4, 4], TensorProto.FLOAT), ([1, 3, 4, 4], TensorProto.DOUBLE)],
+    ids=["no-image", "any-channels", "fp64"],
+)
+def test_models_of_anything_else_are_refused(tmp_path, shape, dtype):
+    with pytest.raises(UserError, match=r"no image model; it takes x: .*, expected one fp32 or fp16 tensor"):
+        onnx_session(other_model(tmp_path / "other.onnx", shape, dtype), library=False)
+
+
+def test_providers_are_picked_by_short_or_full_names():
+    available = ["TensorrtExecutionProvider", CUDA, CPU]
+    assert pick_providers(available, ["cuda", CPU]) == [CUDA, CPU]
+    assert pick_providers(available, ["tensorrt"]) == ["TensorrtExecutionProvider"]
+    with pytest.raises(UserError, match="provider 'rocm': this ONNX Runtime has cpu, cuda, tensorrt$"):
+        pick_providers(available, ["rocm"])
+    with pytest.raises(UserError, match="'cuda': this ONNX Runtime has cpu; for CUDA install onnxruntime-gpu"):
+        pick_providers([CPU], ["cuda"])
+    with pytest.raises(UserError, match="no provider given"):
+        pick_providers([CPU], [])
+
+
+@pytest.mark.parametrize(("devices", "picked"), [(1, [CUDA, CPU]), (0, [CPU])])
+def test_cuda_is_the_default_where_there_is_a_device(monkeypatch, devices, picked):
+    monkeypatch.setattr(module, "_has_cuda_device", lambda: devices > 0)
+    assert pick_providers([CUDA, CPU], None) == picked
+    assert pick_providers([CPU], None) == [CPU]
+
+
+def test_driver_is_asked_for_devices():
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        assert not module._has_cuda_device()
+    else:
+        assert module._has_cuda_device() == torch.cuda.is_available()
+
+
+def test_provider_that_does_not_start_is_an_error_only_if_it_was_asked_for(classifier, monkeypatch, caplog):
+    # ONNX Runtime for the CPU, taken for one that has CUDA, leaves the provider out and goes on.
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [CUDA, CPU])
+    monkeypatch.setattr(module, "_has_cuda_device", lambda: True)
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None, raising=False)
+    if os.environ.get("CUDA_VISIBLE_DEVICES") != "" and torch.cuda.is_available():
+        pytest.skip("CUDA starts here")
+    with pytest.warns(UserWarning, match="not in available"), pytest.raises(UserError, match=f"^{CUDA} did not start"):
+        onnx_session(classifier.path, ["cuda"], library=False)
+    with caplog.at_level(logging.WARNING, "gspn2convert"), pytest.warns(UserWarning, match="not in available"):
+        assert onnx_session(classifier.path, library=False).describe()["providers"] == [CPU]
+    assert f"{CUDA} did not start" in caplog.text
+    assert f"{CPU} runs instead" in caplog.text
+
+
+def test_missing_or_old_onnxruntime_is_named(classifier, monkeypatch):
+    monkeypatch.setattr(onnxruntime, "__version__", "1.17.3")
+    with pytest.raises(UserError, match=r"ONNX Runtime 1\.17\.3 is too old: pip install .*onnxruntime>=1\.18"):
+        onnx_session(classifier.path)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(UserError, match=r"ONNX Runtime is not installed: pip install 'gspn2convert\[ort\]'"):
+        onnx_session(classifier.path)
