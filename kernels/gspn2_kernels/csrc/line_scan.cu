@@ -18,7 +18,7 @@ namespace {
 struct Plan {
   bool wide;
   int positions, stages, line_warps, channel_warps;
-  bool stream;
+  bool stream, helped;
 };
 
 // What the host has to know of a compiled kernel.
@@ -38,12 +38,13 @@ Kernel KernelOf() {
           &LayoutOf<Tile>};
 }
 
-// More lines are under way where lines are short: they take less time, and less memory.
+// More lines are under way where lines are short: they take less time, and less memory. With four stages of the
+// shortest, eight blocks fit a multiprocessor of an H100.
 template <typename T>
 Kernel WideKernel(int positions) {
   constexpr int V = kChunk / sizeof(T), CL = 2;
   switch (positions) {
-    case 1: return KernelOf<Tile<T, V, CL, 1, 5>>();
+    case 1: return KernelOf<Tile<T, V, CL, 1, 4>>();
     case 2: return KernelOf<Tile<T, V, CL, 2, 4>>();
     case 3: return KernelOf<Tile<T, V, CL, 3, 3>>();
     case 4: return KernelOf<Tile<T, V, CL, 4, 3>>();
@@ -88,9 +89,11 @@ int GroupsHeld(const Shape& shape, int channels) {
   return static_cast<int>(std::min(shape.groups, (channels + each - 2) / each + 1));
 }
 
+int ThreadsOf(const Plan& plan) { return plan.line_warps * plan.channel_warps * kLanes * (plan.helped ? 2 : 1); }
+
 bool Fits(const Shape& shape, Dtype dtype, const Plan& plan, const Device& device) {
   const Kernel kernel = Find(dtype, plan);
-  if (plan.line_warps * plan.channel_warps * kLanes > kernel.threads) return false;
+  if (ThreadsOf(plan) > kernel.threads) return false;
   const int groups = GroupsHeld(shape, plan.channel_warps * kernel.channels);
   // Offsets are ints; no line that is near their end would fit.
   const int64_t rough = int64_t{16} * groups * kernel.held * plan.line_warps;
@@ -114,7 +117,7 @@ bool ChooseWide(const Shape& shape, Dtype dtype, const Device& device, Plan* pla
     const int64_t positions = Quotient(length, line_warps * lanes);
     // Without the warps that would hold nothing.
     line_warps = Quotient(length, positions * lanes);
-    *plan = {true, static_cast<int>(positions), 0, static_cast<int>(line_warps), channel_warps, plan->stream};
+    *plan = {true, static_cast<int>(positions), 0, static_cast<int>(line_warps), channel_warps, plan->stream, false};
     if (Fits(shape, dtype, *plan, device)) return true;
   }
   return false;
@@ -127,7 +130,7 @@ bool ChooseThin(const Shape& shape, Dtype dtype, const Device& device, Plan* pla
   const int64_t positions = length <= 32 ? 1 : length <= 128 ? 2 : 4;
   for (const int stages : {3, 2}) {
     *plan = {false, static_cast<int>(positions), stages, static_cast<int>(Quotient(length, positions * lanes)), 1,
-             plan->stream};
+             plan->stream, length <= kLanes / 2 * positions * lanes};
     if (Fits(shape, dtype, *plan, device)) return true;
   }
   return false;
@@ -137,15 +140,15 @@ bool ChoosePlain(const Shape& shape, const Device& device, Plan* plan) {
   const int64_t length = std::max(shape.height, shape.width);
   int64_t channels = std::min<int64_t>(shape.channels, 8);
   while (channels > 1 && 2 * length * channels * 4 > device.shared_bytes) --channels;
-  *plan = {false, 0, 0, 1, static_cast<int>(channels), false};
+  *plan = {false, 0, 0, 1, static_cast<int>(channels), false, false};
   return 2 * length * channels * 4 <= device.shared_bytes;
 }
 
-// Whether 16 bytes can be copied at once, by offsets of 32 bits inside an image.
+// Whether 16 bytes can be copied at once, by strides of 32 bits inside an image.
 bool CanCopy(const Shape& shape, Dtype dtype, const Scan& scan) {
   const auto aligned = [](const void* p, uintptr_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; };
   const int64_t widest = 4 * std::max(shape.channels, 3 * shape.groups) * SizeOf(dtype);
-  return shape.channels * SizeOf(dtype) % kChunk == 0 && shape.height * shape.width < (int64_t{1} << 32) / widest &&
+  return shape.channels * SizeOf(dtype) % kChunk == 0 && shape.height * shape.width < INT_MAX / widest &&
          aligned(scan.x, 16) && aligned(scan.lam, 16) && aligned(scan.u, 16) && aligned(scan.y, 16) &&
          aligned(scan.logits, 4);
 }
@@ -175,6 +178,17 @@ const char* TextOf(cudaError_t error) {
   return cudaGetErrorString(error);
 }
 
+cudaError_t Launch(const void* function, int blocks, int threads, Scan scan, cudaStream_t stream) {
+  const int bytes = scan.layout.total;
+  // Beyond 48 KB a kernel has to ask.
+  if (bytes > 48 * 1024) {
+    const cudaError_t error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    if (error) return error;
+  }
+  void* arguments[] = {&scan};
+  return cudaLaunchKernel(function, dim3(blocks), dim3(threads), arguments, bytes, stream);
+}
+
 // Launches a plan that fits the shape.
 const char* LaunchPlan(const Shape& shape, Dtype dtype, const Plan& plan, Scan scan, cudaStream_t stream) {
   const Kernel kernel = Find(dtype, plan);
@@ -191,19 +205,13 @@ const char* LaunchPlan(const Shape& shape, Dtype dtype, const Plan& plan, Scan s
   scan.channel_blocks = static_cast<int>(channel_blocks);
   scan.line_warps = plan.line_warps, scan.channel_warps = plan.channel_warps;
   scan.groups_held = GroupsHeld(shape, block_channels);
-  scan.stream = plan.stream;
+  scan.stream = plan.stream, scan.helped = plan.helped;
   if (plain)
     scan.layout.total = static_cast<int>(2 * std::max(shape.height, shape.width) * block_channels * 4);
   else
     scan.layout = kernel.layout(plan.line_warps, plan.channel_warps, scan.groups_held);
-  const int bytes = scan.layout.total, threads = plain ? kernel.threads : plan.line_warps * plan.channel_warps * kLanes;
-  // Beyond 48 KB a kernel has to ask.
-  cudaError_t error = cudaSuccess;
-  if (bytes > 48 * 1024) error = cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  void* arguments[] = {&scan};
-  if (!error)
-    error = cudaLaunchKernel(kernel.function, dim3(static_cast<unsigned>(blocks)), dim3(threads), arguments, bytes, stream);
-  return TextOf(error ? error : cudaGetLastError());
+  const int threads = plain ? kernel.threads : ThreadsOf(plan);
+  return TextOf(Launch(kernel.function, static_cast<int>(blocks), threads, scan, stream));
 }
 
 }  // namespace

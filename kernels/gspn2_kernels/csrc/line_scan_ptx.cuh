@@ -15,6 +15,9 @@ __device__ inline uint64_t CachePolicy(bool leave_first) {
   return leave_first ? first : normal;
 }
 
+// Keeps a number in a register, where the compiler would rather compute it anew for every line.
+__device__ inline void Keep(int& number) { asm volatile("" : "+r"(number)); }
+
 __device__ inline uint32_t SharedAddress(const void* shared) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
 }
@@ -61,10 +64,12 @@ __device__ inline void WaitForCopies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-__device__ inline void Store16(void* global, uint4 v, uint64_t policy) {
-  asm volatile("st.global.L2::cache_hint.v4.b32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(global), "r"(v.x), "r"(v.y),
-               "r"(v.z), "r"(v.w), "l"(policy)
-               : "memory");
+__device__ inline void Store16(bool wanted, void* global, uint4 v, uint64_t policy) {
+  asm volatile(
+      "{.reg .pred p; setp.ne.b32 p, %0, 0; @p st.global.L2::cache_hint.v4.b32 [%1], {%2, %3, %4, %5}, %6;}" ::"r"(
+          +wanted),
+      "l"(global), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "l"(policy)
+      : "memory");
 }
 
 __device__ inline float Exp2(float a) {

@@ -12,6 +12,8 @@
 
 namespace gspn2 {
 
+extern __shared__ __align__(128) char shared_memory[];
+
 constexpr int kLanes = 32;
 constexpr int kChunk = 16;  // bytes of one asynchronous copy
 constexpr int kBanks = 128;  // bytes that shared memory serves at once
@@ -31,8 +33,10 @@ struct Tile {
   static constexpr int kLogitSlot = sizeof(T) == 2 ? 8 : 16;
   // Lanes read rows P apart. Where P is even, a row is left out after every 128 bytes, or they would share banks.
   static constexpr int kSkew = P % 2 ? 0 : kBanks / kRow;
+  // Whether copies and weights may be left to warps of their own: the more so, the less the other warps have to do.
+  static constexpr bool kMayBeHelped = kVectorBytes < kChunk;
   // Threads of a block at most: they share 65536 registers.
-  static constexpr int kThreads = P <= 2 ? 512 : kVectorBytes == kChunk ? 384 : 1024;
+  static constexpr int kThreads = P <= 2 ? 512 : kVectorBytes < kChunk ? 1024 : P <= 4 ? 384 : 320;
   // Short lines are soon done: there, what counts is that all blocks of a large batch are resident.
   static constexpr int kResident = kVectorBytes == kChunk && P == 1 ? 2 : 1;
 };
@@ -79,19 +83,22 @@ Layout LayoutOf(int line_warps, int channel_warps, int groups) {
   l.logits = l.weights + 2 * l.weight_buffer;
   l.logit_stage = groups * l.held * Tile::kLogitSlot;
   l.edges = l.logits + Tile::kStages * l.logit_stage;
-  // The first and the last states of each warp of a line, and of one more at each end, which stay 0.
-  l.edge_buffer = (line_warps + 2) * 2 * channel_warps * Tile::kChannels * static_cast<int>(sizeof(float));
-  l.total = l.edges + 2 * l.edge_buffer;
+  // The first and the last states of each warp of a line, and of one more at each end, which stay 0. A warp that has
+  // the line to itself needs but one row of zeros.
+  const int row = channel_warps * Tile::kChannels * static_cast<int>(sizeof(float));
+  l.edge_buffer = line_warps == 1 ? 0 : (line_warps + 2) * 2 * row;
+  l.total = l.edges + (line_warps == 1 ? row : 2 * l.edge_buffer);
   return l;
 }
 
-// What a kernel is told. segment is the number of lines when a scan never restarts.
+// What a kernel is told. segment is the number of lines when a scan never restarts. Where `helped`, a block has twice
+// the warps that its tiles need: the second half does what Copies and Weights do, the first half the rest.
 struct Scan {
   const char *x, *lam, *logits, *u;
   char* y;
   int height, width, channels, groups, segment;
   int channel_blocks, line_warps, channel_warps, groups_held;
-  bool stream;
+  bool stream, helped;
   Layout layout;
 };
 
@@ -121,8 +128,7 @@ struct Words {
     if constexpr (kBytes % 16 == 0) {
 #pragma unroll
       for (int i = 0; i < kBytes / 16; ++i)
-        static_cast<uint4*>(to)[i] =
-            make_uint4(word[4 * i], word[4 * i + 1], word[4 * i + 2], word[4 * i + 3]);
+        static_cast<uint4*>(to)[i] = make_uint4(word[4 * i], word[4 * i + 1], word[4 * i + 2], word[4 * i + 3]);
     } else if constexpr (kBytes == 8) {
       *static_cast<uint2*>(to) = make_uint2(word[0], word[1]);
     } else {
@@ -188,7 +194,8 @@ __device__ inline float4 Normalise(float a0, float a1, float a2, bool first, boo
   const float s0 = first ? 1.0f : 1.0f + e0, s1 = 1.0f + e1, s2 = last ? 1.0f : 1.0f + e2;
   // 1/s0 : 1/s1 : 1/s2 = s1 s2 : s0 s2 : s0 s1, with one division in all.
   const float w0 = first ? 0.0f : s1 * s2, w1 = s0 * s2, w2 = last ? 0.0f : s0 * s1;
-  const float scale = Reciprocal(w0 + w1 + w2);
+  // Rounding errors of weights average out over many lines; that of a reciprocal might lean to one side.
+  const float sum = w0 + w1 + w2, rough = Reciprocal(sum), scale = fmaf(rough, fmaf(-sum, rough, 1.0f), rough);
   return make_float4(w0 * scale, w1 * scale, w2 * scale, 0.0f);
 }
 
