@@ -3,7 +3,8 @@
     python kernels/benchmarks/cold_start.py --output kernels/benchmarks/results/cold_start_h100.json
 
 Each call is made in a process of its own, after PyTorch has started the GPU. `infer` is a first call without, `train`
-one with gradients, forward and backward. Import of PyTorch and Triton is not counted.
+one with gradients, forward and backward. The import of PyTorch is not counted; that of Triton is, for a first call on
+a GPU makes it.
 """
 
 import argparse

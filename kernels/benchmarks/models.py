@@ -12,11 +12,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
+from pairs import teacher_and_student
 
 from gspn2convert.bench import bench, crossover
-from gspn2convert.model import build_student
 
 # Pixels and images a call: about the same number of tokens each.
 SIZES = ((224, 64), (512, 16), (1024, 4), (2048, 1))
@@ -44,9 +43,7 @@ def main() -> None:
 
 def run(model: str, device: torch.device, dtype: str, sizes: list[int], *, compiled: bool) -> dict[str, Any]:
     """Time both models at every size."""
-    teacher = timm.create_model(model, dynamic_img_size=True).eval()
-    vars(teacher).setdefault("_model_args", {"dynamic_img_size": True})  # timm records them since 1.0.31
-    student = build_student(teacher, range(len(teacher.blocks)), {"proxy_dim": teacher.embed_dim // 8})
+    teacher, student = teacher_and_student(model)
     rows, environment = [], {}
     for size in sizes:
         batch = dict(SIZES).get(size, 1)

@@ -20,17 +20,16 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime
-import timm
 import torch
 from conditions import conditions, write
 from onnx import TensorProto, helper
+from pairs import teacher_and_student
 from timing import RUNS_AT_LEAST
 from torch import nn
 
 from gspn2_kernels import onnx_op
 from gspn2_kernels.testing import assert_close, random_inputs
 from gspn2convert import onnx_graph
-from gspn2convert.model import build_student
 from gspn2convert.onnx_function import DOMAIN, NAME, line_scan_function
 from gspn2convert.position import make_resampling_portable
 
@@ -78,10 +77,8 @@ def main() -> None:
 
 def export(name: str, folder: Path) -> tuple[Path, Path, int, int]:
     """Write student and teacher; returns their files, the proxy dimension and the size of a patch."""
-    teacher = timm.create_model(name, dynamic_img_size=True).eval()
-    vars(teacher).setdefault("_model_args", {"dynamic_img_size": True})  # timm records them since 1.0.31
+    teacher, student = teacher_and_student(name)
     proxy, patch = teacher.embed_dim // 8, teacher.patch_embed.patch_size[0]
-    student = build_student(teacher, range(len(teacher.blocks)), {"proxy_dim": proxy}).eval()
     files = [write_model(model, folder / f"{kind}.onnx", patch) for kind, model in (("s", student), ("t", teacher))]
     return files[0], files[1], proxy, patch
 

@@ -11,14 +11,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from cases import Case, draw
 from conditions import conditions, write
+from pairs import teacher_and_student
 from timing import measure, own_stream
 
 from gspn2_kernels import line_scan
-from gspn2convert.model import build_student
 
 SIDES = (14, 32, 64, 96, 128, 192, 256)
 PATCH, PROXY = 16, 96
@@ -55,9 +54,8 @@ def scans(sides: tuple[int, ...], device: torch.device) -> Iterator[tuple[int, C
 
 def students(sides: tuple[int, ...], device: torch.device) -> Iterator[tuple[int, Callable[[], object]]]:
     """Make calls of a whole model."""
-    teacher = timm.create_model("vit_base_patch16_224", dynamic_img_size=True).eval()
-    vars(teacher).setdefault("_model_args", {"dynamic_img_size": True})  # timm records them since 1.0.31
-    student = build_student(teacher, range(len(teacher.blocks)), {"proxy_dim": PROXY}).to(device, torch.bfloat16)
+    _, student = teacher_and_student("vit_base_patch16_224")
+    student.to(device, torch.bfloat16)
     for side in sides:
         images = torch.randn(1, 3, PATCH * side, PATCH * side, dtype=torch.bfloat16, device=device)
         yield side, lambda images=images: student(images)

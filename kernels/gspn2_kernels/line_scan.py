@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from gspn2_kernels.eager import line_scan_bwd, line_scan_fwd
-from gspn2_kernels.registration import LIBRARY, define
+from gspn2_kernels.operands import DTYPES, autocast_wanted, register_autocast
+from gspn2_kernels.registration import define
 
 _log = logging.getLogger(__name__)
 
@@ -56,7 +57,6 @@ class _Backend(NamedTuple):
 _EAGER = _Backend("eager", line_scan_fwd, line_scan_bwd)
 _BACKENDS: dict[str, _Backend] = {}
 _ARGUMENTS = "Tensor x, Tensor lam, Tensor logits, Tensor u, int segment"
-_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # Multiply-adds per element of y: three neighbours, lam * x and u * h; 2 FLOPs each, as for a matrix product.
 _FLOPS_PER_ELEMENT = 2 * 5
 
@@ -109,11 +109,6 @@ def backend(device: str | torch.device = "cpu") -> str:
     return _backend(torch.device(device)).name
 
 
-def autocast_wanted(device_type: str) -> bool:
-    """Tell whether autocast is on for a type of device; some types, such as "meta", know no autocast."""
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
-
-
 def _backend(device: torch.device, dtype: torch.dtype = torch.float32) -> _Backend:
     if device.type == "cuda":
         _register_triton()
@@ -137,8 +132,8 @@ def _register_triton() -> None:
 def _check(x: Tensor, lam: Tensor, logits: Tensor, u: Tensor, segment: int) -> None:
     """Raise a ValueError that names the first argument that does not fit the others."""
     _check_shapes(x, lam, logits, u)
-    if x.dtype not in _DTYPES:
-        raise ValueError(f"x has dtype {x.dtype}, expected one of {', '.join(map(str, _DTYPES))}")
+    if x.dtype not in DTYPES:
+        raise ValueError(f"x has dtype {x.dtype}, expected one of {', '.join(map(str, DTYPES))}")
     for name, tensor in (("lam", lam), ("logits", logits), ("u", u)):
         if tensor.dtype != x.dtype:
             raise ValueError(f"{name} has dtype {tensor.dtype}, expected {x.dtype}, the dtype of x")
@@ -234,23 +229,8 @@ torch.library.register_autograd("gspn2::line_scan", _gradients, setup_context=_s
 torch.library.register_autograd("gspn2::line_scan_train", _gradients, setup_context=_save_states)
 
 
-def _autocast_rule(device_type: str) -> Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]:
-    """Make the rule of one type of device: as a linear layer does, cast all four inputs to the autocast dtype.
-
-    `torch.library.register_autocast` knows one fixed dtype only, not the dtype that the user chose.
-    """
-
-    def rule(x: Tensor, lam: Tensor, logits: Tensor, u: Tensor, segment: int) -> Tensor:
-        dtype = torch.get_autocast_dtype(device_type)
-        x, lam, logits, u = (t if t.dtype == torch.float64 else t.to(dtype) for t in (x, lam, logits, u))
-        with torch.autocast(device_type, enabled=False):
-            return line_scan(x, lam, logits, u, segment)
-
-    return rule
-
-
-LIBRARY.impl("line_scan", _autocast_rule("cpu"), "AutocastCPU")
-LIBRARY.impl("line_scan", _autocast_rule("cuda"), "AutocastCUDA")
+# The function, not the op: after the cast it still has to choose the forward that keeps states.
+register_autocast("line_scan", line_scan)
 
 
 @register_flop_formula([torch.ops.gspn2.line_scan, torch.ops.gspn2.line_scan_train])

@@ -53,11 +53,12 @@ def local_perception(a: Tensor, weight: Tensor, base: Tensor | None = None) -> T
         return out
     a, weight, base = autocast(a.device.type, a, weight, base)
     _check(a, weight, base)
-    out = _convolve(a, weight)
+    out = convolve(a, weight)
     return out if base is None else (base + out).contiguous()
 
 
-def _convolve(a: Tensor, weight: Tensor) -> Tensor:
+def convolve(a: Tensor, weight: Tensor) -> Tensor:
+    """Compute depthwise3x3(a, weight) in plain torch; arguments as for `local_perception`."""
     out = F.conv2d(a.permute(0, 3, 1, 2), weight, padding=1, groups=weight.shape[0])
     return out.permute(0, 2, 3, 1).contiguous()
 
@@ -109,8 +110,7 @@ def _gradients(ctx: _Context, dout: Tensor) -> tuple[Tensor | None, ...]:
 
 torch.library.register_autograd("gspn2::local_perception", _gradients, setup_context=_save_inputs)
 
-
-register_autocast(torch.ops.gspn2.local_perception)
+register_autocast("local_perception", torch.ops.gspn2.local_perception)
 
 
 @register_flop_formula(torch.ops.gspn2.local_perception)

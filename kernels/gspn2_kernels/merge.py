@@ -3,11 +3,14 @@
 Shapes: B batch, H W grid, N = P + H W tokens, P prefix tokens, C channels, R scanned channels, S columns of the share.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from gspn2_kernels.local import convolve
 from gspn2_kernels.operands import autocast, by_triton, check_first, check_other, register_autocast
 from gspn2_kernels.registration import define
 
@@ -15,8 +18,8 @@ _SCHEMA = (
     "merge(Tensor y, Tensor weight, Tensor a, Tensor? filters, Tensor? share, Tensor? values, Tensor row,"
     " Tensor residual, Tensor? gamma, Tensor? prefix_out) -> Tensor"
 )
-# Places of residual and gamma, which autocast leaves alone.
-_WIDE = (7, 8)
+# Places of arguments.
+_RESIDUAL, _GAMMA = 7, 8
 
 
 def merge(
@@ -66,8 +69,7 @@ def merge(
     grid, prefix = y.shape[1:3], residual.shape[1] - y.shape[1] * y.shape[2]
     out = F.linear(y.flatten(-2), weight)
     if filters is not None:
-        patches = a[:, prefix:].unflatten(1, grid).permute(0, 3, 1, 2)
-        out = out + F.conv2d(patches, filters, padding=1, groups=filters.shape[0]).permute(0, 2, 3, 1)
+        out = out + convolve(a[:, prefix:].unflatten(1, grid), filters)
     out = out.flatten(1, 2) + row[:, None]
     if share is not None and values is not None:
         out = out + share @ values
@@ -111,43 +113,22 @@ def _check(
 
 
 @define(_SCHEMA)
-def _merge(
-    y: Tensor,
-    weight: Tensor,
-    a: Tensor,
-    filters: Tensor | None,
-    share: Tensor | None,
-    values: Tensor | None,
-    row: Tensor,
-    residual: Tensor,
-    gamma: Tensor | None,
-    prefix_out: Tensor | None,
-) -> Tensor:
+def _merge(*arguments: Any) -> Tensor:  # noqa: ANN401  those of `merge`, in order
     from gspn2_kernels import triton_local
 
-    _check(y, weight, a, filters, share, values, row, residual, gamma, prefix_out)
-    with torch.cuda.device_of(y):
-        return triton_local.merge(y, weight, a, filters, share, values, row, residual, gamma, prefix_out)
+    _check(*arguments)
+    with torch.cuda.device_of(arguments[_RESIDUAL]):
+        return triton_local.merge(*arguments)
 
 
 @torch.library.register_fake("gspn2::merge")
-def _merge_fake(
-    y: Tensor,
-    weight: Tensor,
-    a: Tensor,
-    filters: Tensor | None,
-    share: Tensor | None,
-    values: Tensor | None,
-    row: Tensor,
-    residual: Tensor,
-    gamma: Tensor | None,
-    prefix_out: Tensor | None,
-) -> Tensor:
-    _check(y, weight, a, filters, share, values, row, residual, gamma, prefix_out)
+def _merge_fake(*arguments: Any) -> Tensor:  # noqa: ANN401
+    _check(*arguments)
+    residual: Tensor = arguments[_RESIDUAL]
     return residual.new_empty(residual.shape)
 
 
-register_autocast(torch.ops.gspn2.merge, _WIDE)
+register_autocast("merge", torch.ops.gspn2.merge, (_RESIDUAL, _GAMMA))
 
 
 @register_flop_formula(torch.ops.gspn2.merge)

@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gspn2_kernels.line_scan import autocast_wanted
-from gspn2_kernels.operands import by_triton, check_first, check_other
+from gspn2_kernels.operands import autocast_wanted, by_triton, check_first, check_other
 from gspn2_kernels.registration import define
 
 

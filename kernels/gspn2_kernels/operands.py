@@ -1,4 +1,4 @@
-"""What the ops beside the line scan ask of their tensors, and how autocast casts them."""
+"""What the ops ask of their tensors, and how autocast casts them."""
 
 import importlib.util
 from collections.abc import Callable
@@ -7,11 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gspn2_kernels.line_scan import autocast_wanted
 from gspn2_kernels.registration import LIBRARY
 
 _TRITON = importlib.util.find_spec("triton") is not None
-_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def by_triton(t: Tensor) -> bool:
@@ -24,8 +23,8 @@ def check_first(name: str, form: str, t: Tensor) -> None:
     """Raise a ValueError where the tensor that all others are compared with has another form or a dtype unknown."""
     if t.ndim != form.count(",") + 1:
         raise ValueError(f"{name} has shape {tuple(t.shape)}, expected {form}")
-    if t.dtype not in _DTYPES:
-        raise ValueError(f"{name} has dtype {t.dtype}, expected one of {', '.join(map(str, _DTYPES))}")
+    if t.dtype not in DTYPES:
+        raise ValueError(f"{name} has dtype {t.dtype}, expected one of {', '.join(map(str, DTYPES))}")
 
 
 def check_other(
@@ -43,6 +42,11 @@ def check_other(
         raise ValueError(f"{name} of shape {shape} is on {t.device}, expected {first.device}, where others are")
 
 
+def autocast_wanted(device_type: str) -> bool:
+    """Tell whether autocast is on for a type of device; some types, such as "meta", know no autocast."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
 def autocast(device_type: str, *tensors: Tensor | None) -> tuple[Any, ...]:
     """Cast tensors as autocast, where it is on, casts those of a linear layer."""
     if not autocast_wanted(device_type):
@@ -51,22 +55,22 @@ def autocast(device_type: str, *tensors: Tensor | None) -> tuple[Any, ...]:
     return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
 
 
-def register_autocast(op: Any, wide: tuple[int, ...] = ()) -> None:  # noqa: ANN401
-    """Give an op its rule: cast all tensors but those at the places `wide`.
+def register_autocast(name: str, function: Callable[..., Any], wide: tuple[int, ...] = ()) -> None:
+    """Give an op its rule: cast all tensors but those at the places `wide`, then call the function.
 
     `torch.library.register_autocast` knows one fixed dtype only, not the dtype that the user chose.
     """
     for device_type in ("cpu", "cuda"):
-        LIBRARY.impl(str(op).partition(".")[2], _rule(op, wide, device_type), f"Autocast{device_type.upper()}")
+        LIBRARY.impl(name, _rule(function, wide, device_type), f"Autocast{device_type.upper()}")
 
 
-def _rule(op: Callable[..., Any], wide: tuple[int, ...], device_type: str) -> Callable[..., Any]:
+def _rule(function: Callable[..., Any], wide: tuple[int, ...], device_type: str) -> Callable[..., Any]:
     def rule(*arguments: Any) -> Any:  # noqa: ANN401  whatever the op takes and returns
         cast = [
             autocast(device_type, t)[0] if isinstance(t, Tensor) and i not in wide else t
             for i, t in enumerate(arguments)
         ]
         with torch.autocast(device_type, enabled=False):
-            return op(*cast)
+            return function(*cast)
 
     return rule

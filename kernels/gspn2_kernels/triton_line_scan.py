@@ -16,7 +16,7 @@ from gspn2_kernels.triton_forward import line_scan_fwd_kernel
 from gspn2_kernels.tuning import Plan, plan
 
 # Numbers of dx that a program of the last kernel sums up.
-SUMMED = 4096
+_SUMMED = 4096
 # States of 16-bit inputs are saved in fp16 up to this number of lines; beyond, its rounding would show in the logits'
 # gradients, which live on differences of neighbouring states.
 _FP16_LINES = 256
@@ -132,7 +132,7 @@ def empty_states(x: Tensor) -> Tensor:
 def _sum_shares(shares: Tensor, weight_shares: Tensor, dx: Tensor, dlogits: Tensor) -> None:
     batch, height, width, channels = dx.shape
     wide = triton.next_power_of_2(channels)
-    pixels = max(1, SUMMED // wide)
+    pixels = max(1, _SUMMED // wide)
     rows = 1 << (pixels.bit_length() - 1) // 2
     columns = pixels // rows
     sum_shares_kernel[(triton.cdiv(height, rows) * triton.cdiv(width, columns), batch)](
