@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 from timm.models import VisionTransformer
-from torch import Tensor
 
 from gspn2convert.checkpoint import CheckpointStore
 from gspn2convert.convert import LayerReport, convert
 from gspn2convert.cost import count_parameters
-from gspn2convert.data import ImageSet, batches, split_held_out, train_batches
+from gspn2convert.curriculum import ReducedStage
+from gspn2convert.data import ImageSet, split_held_out
 from gspn2convert.environment import environment
 from gspn2convert.evaluate import class_of_label, evaluate
 from gspn2convert.held_out import HeldOut
@@ -24,8 +26,12 @@ from gspn2convert.model import Gspn2Vit, build_student
 from gspn2convert.progress import Progress
 from gspn2convert.recipe import Align, Recipe, Recover
 from gspn2convert.stage import AlignStage, Objective, RecoverStage, channel_statistics
+from gspn2convert.supply import Supply
 from gspn2convert.train import train_stage
+from gspn2convert.views import generator
 from gspn2convert.vit import data_config
+
+_STAGE_SEEDS = {"align": 0, "recover": 1}
 
 MakeObjective = Callable[[Gspn2Vit, VisionTransformer], Objective]
 
@@ -36,19 +42,21 @@ class Options:
 
     Attributes:
         output: folder to write.
-        stages: which of 0 (fit), 1 (align), 2 (recover) run; without 0 the mixers start at random.
+        stages: which of 0 (fit), 1 (align), 2 (recover), 3 (curriculum) run; without 0 the mixers start at random.
         device: "auto", "cpu" or "cuda".
         precision: "fp32", "bf16" or "fp16" (autocast).
         workers: processes that read images.
+        cached: decode training images once and keep them on the device.
         resume: go on where an interrupted run stopped.
         quiet: show no progress.
     """
 
     output: Path
-    stages: tuple[int, ...] = (0, 1, 2)
+    stages: tuple[int, ...] = (0, 1, 2, 3)
     device: str = "auto"
     precision: str = "fp32"
     workers: int = 0
+    cached: bool = False
     resume: bool = False
     quiet: bool = False
 
@@ -65,6 +73,7 @@ class Conversion:
         accelerator: see `train.make_accelerator`.
         store: loaded already if the run is resumed.
         progress: shows what goes on.
+        given: a student to start from, in place of stage 0.
     """
 
     def __init__(
@@ -77,27 +86,31 @@ class Conversion:
         accelerator: Accelerator,
         store: CheckpointStore,
         progress: Progress,
+        given: Gspn2Vit | None = None,
     ) -> None:
-        self.teacher, self.recipe, self.images, self.test = teacher, recipe, images, test
+        self.teacher, self.recipe, self.images, self.test, self.given = teacher, recipe, images, test, given
         self.options, self.accelerator, self.store, self.progress = options, accelerator, store, progress
-        self.data_config = data_config(teacher)
         self.train, self.unseen = split_held_out(len(images), recipe.held_out, recipe.seed)
-        self.held_out = HeldOut(teacher, self._plain(self.unseen))
+        self._see(recipe.size)
         self.labelled = class_of_label(teacher, test.label_names) is not None
 
     def stages(self, keep: Sequence[int]) -> Gspn2Vit:
         """Run what the checkpoint does not hold yet; the student that comes out."""
         layers = [i for i in range(len(self.teacher.blocks)) if i not in keep]
-        student = build_student(self.teacher, layers, self.recipe.mixer.resolve(self.teacher.embed_dim))
+        student = self.given
+        if student is None:
+            student = build_student(self.teacher, layers, self.recipe.mixer.resolve(self.teacher.embed_dim))
         if self.store.stage:
             student.load_state_dict(self.store.part("student."))
         if "fit" not in self.store.finished:
-            student = self._fit(keep)
+            student = self._fit(keep) if self.given is None else self._take(self.given)
         self._score("fit", student)
         if 1 in self.options.stages and self.recipe.align.steps:
-            self._train("align", AlignStage, student)
+            self._train("align", self.recipe.align, AlignStage, student)
         if 2 in self.options.stages and self.recipe.recover.steps:
-            self._train("recover", self._recover_stage, student)
+            self._train("recover", self.recipe.recover, self._recover_stage, student)
+        if 3 in self.options.stages:
+            self._climb(student)
         return student
 
     def metrics(self, student: Gspn2Vit, teacher_name: str, keep: Sequence[int]) -> dict[str, Any]:
@@ -108,11 +121,11 @@ class Conversion:
             "recipe": self.recipe.name,
             "data": _public(self.images.name),
             "seed": self.recipe.seed,
-            "stages_run": list(self.options.stages),
+            "stages_run": [stage for stage in self.options.stages if stage < 3 or self.recipe.curriculum.sizes],
             "kept_layers": list(keep),
             "parameters": {"teacher": count_parameters(self.teacher), "student": count_parameters(student)},
             "teacher_top1": self._top1(self.teacher),
-            "fit_error": sum(layer["errors"][layer["method"]] for layer in layers) / len(layers),
+            "fit_error": sum(layer["errors"][layer["method"]] for layer in layers) / len(layers) if layers else None,
             "layers": layers,
             "stages": [
                 {"stage": name, "seconds": self.store.seconds_spent[name], **scores}
@@ -135,25 +148,52 @@ class Conversion:
                 if stop.made:
                     raise Interrupted("fit", done, layers)
 
-            calibration = self._plain(_spread(self.train, fit.images), fit.batch_size)
-            held_out = self._plain(_spread(self.unseen, fit.held_out), fit.batch_size)
+            calibration = self.supply.plain(_spread(self.train, fit.images), fit.batch_size)
+            held_out = self.supply.plain(_spread(self.unseen, fit.held_out), fit.batch_size)
             student, reports = convert(self.teacher, recipe, calibration, held_out, keep, on_layer=layer_done)
         self.store.notes |= {"layers": [asdict(report) for report in reports], "scores": {}}
         self.store.seconds_spent["fit"] = time.monotonic() - began
         self.store.finish("fit", 0, student)
         return student
 
-    def _train(
-        self, name: str, objective: Callable[[Gspn2Vit, VisionTransformer], Objective], student: Gspn2Vit
-    ) -> None:
-        """Stage 1 or 2, unless the checkpoint says that it is done."""
-        spec: Align | Recover = getattr(self.recipe, name)
+    def _take(self, student: Gspn2Vit) -> Gspn2Vit:
+        """Start from a student that was given."""
+        self.store.notes |= {"layers": [], "scores": {}}
+        self.store.seconds_spent["fit"] = 0.0
+        self.store.finish("fit", 0, student)
+        return student
+
+    def _climb(self, student: Gspn2Vit) -> None:
+        """Stage 3: one size after the other; the student stays at the last."""
+        spec, before = self.recipe.curriculum, self.supply.data_config["input_size"][1:]
+        for number, size in enumerate(spec.sizes if spec.steps else ()):
+            self._see(size)
+            make = functools.partial(self._curriculum_stage, before)
+            self._train(f"curriculum-{size}", spec.at(number), make, student)
+            before = (size, size)
+            student.set_input_size(before)
+
+    def _see(self, size: int) -> None:
+        """Take images of this size from here on; 0 is the teacher's own."""
+        config = data_config(self.teacher)
+        channels, *own = config["input_size"]
+        config["input_size"] = (channels, *((size, size) if size else own))
+        options = self.options
+        self.supply = Supply(
+            *(self.images, self.train, config, self.recipe, self.accelerator),
+            workers=options.workers,
+            cached=options.cached,
+        )
+        self.held_out = HeldOut(self.teacher, self.supply.plain(self.unseen))
+
+    def _train(self, name: str, spec: Align | Recover, objective: MakeObjective, student: Gspn2Vit) -> None:
+        """Stage 1 or 2, or one size of stage 3, unless the checkpoint says that it is done."""
         if name not in self.store.finished:
             train_stage(
                 name,
                 objective(student, self.teacher),
                 spec,
-                lambda first_step: self._training_batches(name, spec, first_step),
+                lambda first_step: self.supply.training(spec, _stage_seed(self.recipe.seed, name), first_step),
                 accelerator=self.accelerator,
                 store=self.store,
                 progress=self.progress,
@@ -165,6 +205,14 @@ class Conversion:
     def _recover_stage(self, student: Gspn2Vit, teacher: VisionTransformer) -> RecoverStage:
         statistics = channel_statistics(teacher, self.held_out.images)
         return RecoverStage(student, teacher, self.recipe.recover.losses, statistics)
+
+    def _curriculum_stage(self, before: tuple[int, int], student: Gspn2Vit, teacher: VisionTransformer) -> RecoverStage:
+        """Recovery at a size, taught by the teacher or by a guide at the size before."""
+        spec, statistics = self.recipe.curriculum, channel_statistics(teacher, self.held_out.images)
+        if spec.target == "teacher":
+            return RecoverStage(student, teacher, spec.losses, statistics)
+        guide = teacher if spec.target == "reduced" else copy.deepcopy(student)
+        return ReducedStage(student, teacher, spec.losses, statistics, guide, before)
 
     def _score(self, name: str, student: Gspn2Vit) -> None:
         """Note how good the student is after a stage, once."""
@@ -181,34 +229,11 @@ class Conversion:
         figures = evaluate(model, None, self.test, device=self.accelerator.device, workers=self.options.workers)
         return float(figures["top1"])
 
-    def _plain(self, indices: Sequence[int], batch_size: int = 32) -> Iterator[Tensor]:
-        """Images as evaluation sees them."""
-        pairs = batches(
-            self.images,
-            self.data_config,
-            indices=indices,
-            batch_size=batch_size,
-            augment=None,
-            seed=self.recipe.seed,
-            workers=self.options.workers,
-        )
-        return (pixels for pixels, _ in pairs)
 
-    def _training_batches(self, name: str, spec: Align | Recover, first_step: int) -> Iterator[Tensor]:
-        """This process's share of the batches, as training sees them; each stage has an order of its own."""
-        return train_batches(
-            self.images,
-            self.data_config,
-            indices=self.train,
-            batch_size=spec.batch_size,
-            augment=self.recipe.augment,
-            seed=2 * self.recipe.seed + (name == "recover"),
-            first_step=first_step,
-            steps=spec.steps,
-            rank=self.accelerator.process_index,
-            world=self.accelerator.num_processes,
-            workers=self.options.workers,
-        )
+def _stage_seed(seed: int, name: str) -> int:
+    """Seed of a stage's order and views; each stage has its own."""
+    number = _STAGE_SEEDS.get(name)
+    return generator(seed, name).initial_seed() if number is None else 2 * seed + number
 
 
 def _public(name: str) -> str:

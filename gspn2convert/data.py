@@ -18,11 +18,21 @@ from torch.utils.data import DataLoader, Sampler
 from gspn2convert.errors import UserError
 from gspn2convert.images import ImageSet, open_images
 from gspn2convert.recipe import Augment
-from gspn2convert.views import Views, collate, generator
+from gspn2convert.views import Views, collate, generator, make_transform
 
-__all__ = ["ImageSet", "batches", "open_images", "split_held_out", "train_batches"]
+__all__ = [
+    "ImageSet",
+    "batches",
+    "load",
+    "once",
+    "open_images",
+    "own_share",
+    "split_held_out",
+    "train_batches",
+    "training_order",
+]
 
-_Keys = list[tuple[int, int]]  # of the views of a batch: epoch and position
+Keys = list[tuple[int, int]]  # of the views of a batch: epoch and position
 
 _log = logging.getLogger(__name__)
 
@@ -75,9 +85,14 @@ def batches(
         Iterator over normalised float32 images (B, C, H, W) and int64 labels (B,), -1 where an image has none.
         It raises UserError when more than 1 % of the images are unreadable.
     """
-    keys = [(0, position) for position in range(len(indices))]
-    order = [keys[start : start + batch_size] for start in range(0, len(keys), batch_size)]
-    return _load(Views(images, data_config, indices, augment, seed), order, workers)
+    views = Views(images, indices, make_transform(data_config, augment, images.in_chans), seed)
+    return ((pixels, labels) for pixels, labels, _ in load(views, once(len(indices), batch_size), workers))
+
+
+def once(count: int, batch_size: int) -> list[Keys]:
+    """Keys of each image in its order, in batches of which the last may be smaller."""
+    keys = [(0, position) for position in range(count)]
+    return [keys[start : start + batch_size] for start in range(0, count, batch_size)]
 
 
 def train_batches(
@@ -116,15 +131,24 @@ def train_batches(
     Raises:
         UserError: the batch cannot be shared out evenly.
     """
+    own = own_share(batch_size, rank, world)
+    order = training_order(len(indices), batch_size, own, seed, range(first_step, steps))
+    views = Views(images, indices, make_transform(data_config, augment, images.in_chans), seed)
+    return (pixels for pixels, _, _ in load(views, order, workers))
+
+
+def own_share(batch_size: int, rank: int, world: int) -> range:
+    """Places of a batch that are this process's.
+
+    Raises:
+        UserError: the batch cannot be shared out evenly.
+    """
     if batch_size % world:
         raise UserError(f"batch_size {batch_size} cannot be shared by {world} processes; make it a multiple of {world}")
-    own = range(rank * batch_size // world, (rank + 1) * batch_size // world)
-    order = _training_order(len(indices), batch_size, own, seed, range(first_step, steps))
-    views = Views(images, data_config, indices, augment, seed)
-    return (pixels for pixels, _ in _load(views, order, workers))
+    return range(rank * batch_size // world, (rank + 1) * batch_size // world)
 
 
-def _training_order(count: int, batch_size: int, own: range, seed: int, steps: Iterable[int]) -> Iterator[_Keys]:
+def training_order(count: int, batch_size: int, own: range, seed: int, steps: Iterable[int]) -> Iterator[Keys]:
     """Yield the (epoch, position) of each view of a step; a batch may span epochs, so that no image is left out."""
     shuffled: tuple[int, list[int]] = (-1, [])
     for step in steps:
@@ -137,8 +161,8 @@ def _training_order(count: int, batch_size: int, own: range, seed: int, steps: I
         yield batch
 
 
-def _load(views: Views, order: Iterable[_Keys], workers: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield pixels (B, C, H, W) and labels (B,) of the batches in `order`, counting what cannot be read."""
+def load(views: Views, order: Iterable[Keys], workers: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield pixels (B, C, H, W), labels and aspects (B,) of the batches in `order`, counting what cannot be read."""
     loader = DataLoader(
         views,
         batch_sampler=cast(Sampler[list[Any]], order),  # any iterable will do
@@ -148,11 +172,11 @@ def _load(views: Views, order: Iterable[_Keys], workers: int) -> Iterator[tuple[
         worker_init_fn=_leave_interrupts_to_the_parent,
     )
     tally = views.images.tally
-    for pixels, labels, asked in loader:
+    for pixels, labels, aspects, asked in loader:
         for index, problem in asked:
             tally.add(index, problem)
         tally.check(hopeless=pixels is None)
-        yield pixels, labels
+        yield pixels, labels, aspects
 
 
 def _leave_interrupts_to_the_parent(worker: int) -> None:

@@ -11,11 +11,12 @@ from typing import Any
 
 from timm.models import VisionTransformer
 
-from gspn2convert.artifact import check_output_folder, holds_files, save_student
+from gspn2convert.artifact import check_output_folder, holds_files, load, save_student
 from gspn2convert.checkpoint import CheckpointStore
 from gspn2convert.conversion import Conversion, Options
 from gspn2convert.data import ImageSet, open_images
 from gspn2convert.errors import UserError
+from gspn2convert.model import Gspn2Vit, GspnBlock
 from gspn2convert.progress import Progress
 from gspn2convert.recipe import Recipe, dump_recipe, parse_keep
 from gspn2convert.teachers import load_teacher
@@ -35,6 +36,7 @@ def distill(
     teacher_weights: Path | None = None,
     img_size: int | None = None,
     keep: str | None = None,
+    student: Path | None = None,
 ) -> dict[str, Any]:
     """Convert a teacher by name; see `distill_student`, which takes models and images.
 
@@ -46,16 +48,18 @@ def distill(
         teacher_weights: safetensors file with the teacher's weights, instead of a download.
         img_size: pixels to convert at; the teacher's own by default.
         keep: blocks that keep attention, instead of the recipe's.
+        student: folder of a converted model to go on from, in place of stage 0.
 
     Returns:
         The metrics, which the output folder holds as metrics.json.
     """
     check_output_folder(options.output, options.resume)
     vit = load_teacher(teacher, weights=teacher_weights, img_size=img_size)
+    given = None if student is None else _load_given(student, vit, keep)
     kept = parse_keep(recipe.keep if keep is None else keep, len(vit.blocks))
     channels = vit.patch_embed.proj.in_channels
     images, test = (open_images(data, split, in_chans=channels) for split in ("train", "test"))
-    return distill_student(vit, recipe, images, test, options, teacher_name=teacher, keep=kept)
+    return distill_student(vit, recipe, images, test, options, teacher_name=teacher, keep=kept, given=given)
 
 
 def distill_student(
@@ -67,6 +71,7 @@ def distill_student(
     *,
     teacher_name: str,
     keep: Sequence[int] = (),
+    given: Gspn2Vit | None = None,
 ) -> dict[str, Any]:
     """Convert a teacher: fit, train, save.
 
@@ -77,7 +82,8 @@ def distill_student(
         test: images whose top-1 is reported after each stage, where their labels are the teacher's classes.
         options: where and how.
         teacher_name: what the output folder calls the teacher.
-        keep: blocks that keep attention.
+        keep: blocks that keep attention; those of `given` where there is one.
+        given: student of this teacher to go on from, in place of stage 0; it is changed.
 
     Returns:
         The metrics, which the output folder holds as metrics.json.
@@ -86,28 +92,21 @@ def distill_student(
         UserError: something given cannot be used.
         Interrupted: Ctrl-C or SIGTERM; `resume` goes on from there.
     """
+    if given is not None:
+        keep = [i for i, block in enumerate(given.blocks) if not isinstance(block, GspnBlock)]
     if len(keep) == len(teacher.blocks):
         raise UserError("every block keeps attention, so there is nothing to convert; keep fewer with --keep")
     check_output_folder(options.output, options.resume)
     accelerator = make_accelerator(options.device, options.precision)
-    store = CheckpointStore(
-        options.output,
-        {
-            "recipe": dump_recipe(recipe),
-            "teacher": teacher_name,
-            "teacher weights": _fingerprint(teacher),
-            "data": images.name,
-            "keep": ",".join(map(str, keep)),
-            "stages": ",".join(map(str, options.stages)),
-            "image size": "x".join(map(str, teacher.patch_embed.img_size)),
-            "precision": options.precision,
-        },
-        main=accelerator.is_main_process,
-    )
+    what = {"teacher": teacher_name, "data": images.name, "keep": ",".join(map(str, keep))}
+    identity = what | _identity(teacher, recipe, options, given)
+    store = CheckpointStore(options.output, identity, main=accelerator.is_main_process)
     if options.resume and not store.load() and (done := _finished(options.output)):
         return done
     with Progress(quiet=options.quiet or not accelerator.is_main_process) as progress:
-        run = Conversion(teacher.to(accelerator.device), recipe, images, test, options, accelerator, store, progress)
+        given = None if given is None else given.to(accelerator.device)
+        there = teacher.to(accelerator.device)
+        run = Conversion(there, recipe, images, test, options, accelerator, store, progress, given)
         student = run.stages(keep)
     metrics = run.metrics(student, teacher_name, keep)
     if accelerator.is_main_process:
@@ -115,6 +114,32 @@ def distill_student(
         store.path.unlink(missing_ok=True)
     accelerator.end_training()
     return metrics
+
+
+def _identity(teacher: VisionTransformer, recipe: Recipe, options: Options, given: Gspn2Vit | None) -> dict[str, str]:
+    """What must be the same for a run to be resumed, under names that messages show."""
+    return {
+        "recipe": dump_recipe(recipe),
+        "teacher weights": _fingerprint(teacher),
+        "student": "" if given is None else _fingerprint(given),
+        "stages": ",".join(map(str, options.stages)),
+        "image size": "x".join(map(str, teacher.patch_embed.img_size)),
+        "precision": options.precision,
+        "place where views are made (--cache)": "device" if options.cached else "workers",
+    }
+
+
+def _load_given(folder: Path, teacher: VisionTransformer, keep: str | None) -> Gspn2Vit:
+    """Load a student at the teacher's image size, and make sure that it is one of this teacher."""
+    if keep is not None:
+        raise UserError("--keep and --student exclude each other: the student's own blocks keep their attention")
+    given = load(folder, img_size=tuple(teacher.patch_embed.img_size))
+    plain = {name: value.shape for name, value in teacher.state_dict().items() if ".attn." not in name}
+    theirs = {name: value.shape for name, value in given.state_dict().items() if ".attn." not in name}
+    if plain != theirs:
+        differing = next(name for name in sorted({*plain, *theirs}) if plain.get(name) != theirs.get(name))
+        raise UserError(f"{folder} is no student of this teacher: {differing} differs; name the teacher it came from")
+    return given
 
 
 def _finished(folder: Path) -> dict[str, Any] | None:

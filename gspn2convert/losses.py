@@ -62,6 +62,18 @@ def normalised_difference(student: Tensor, teacher: Tensor) -> Tensor:
     return F.mse_loss(F.layer_norm(student.float(), shape), F.layer_norm(teacher.float(), shape))
 
 
+def similarity(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean squared difference of the cosines that all pairs of tokens of an image have, averaged over (B, N, C).
+
+    Relations between patches, and not the tokens alone, are kept ("activation matching" of ViT-Linearizer). The
+    N x N cosines are never there: ||S S' - T T'||^2 = ||S' S||^2 - 2 ||S' T||^2 + ||T' T||^2.
+    """
+    s, t = (F.normalize(tokens.float(), dim=-1) for tokens in (student, teacher))
+    with torch.autocast(s.device.type, enabled=False):  # what remains is a small difference of large numbers
+        power = [(a.mT @ b).square().sum((1, 2)) for a, b in ((s, s), (s, t), (t, t))]
+    return (power[0] - 2 * power[1] + power[2]).mean() / s.shape[1] ** 2
+
+
 def kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
     """T^2 KL(teacher || student) of softened logits (B, K), averaged over images (Hinton et al., 2015)."""
     student = F.log_softmax(student_logits.float() / temperature, -1)

@@ -36,11 +36,14 @@ def optimizer_tensors(optimizer: Optimizer, named: Iterable[tuple[str, nn.Parame
 
 def load_optimizer(optimizer: Optimizer, named: Iterable[tuple[str, nn.Parameter]], tensors: dict[str, Tensor]) -> None:
     """Put the state of `optimizer_tensors` back, moments on the device of their parameter."""
+    fused = optimizer.defaults["fused"]
     for name, parameter in named:
         if f"{name}.step" in tensors:
             step, *moments = (tensors[f"{name}.{key}"] for key in MOMENTS)
             moved = (moment.to(parameter.device) for moment in moments)
-            optimizer.state[parameter] = dict(zip(MOMENTS, (step, *moved), strict=True))
+            # A fused step counts on the device, any other on the CPU.
+            counted = step.to(parameter.device) if fused else step.cpu()
+            optimizer.state[parameter] = dict(zip(MOMENTS, (counted, *moved), strict=True))
 
 
 class Ema:

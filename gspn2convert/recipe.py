@@ -4,20 +4,33 @@
 """
 
 import os
-import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import yaml
 
 from gspn2convert.errors import RecipeError
-from gspn2convert.keep import KEEP_FORMS, is_keep, parse_keep
-from gspn2convert.recipe_parser import Part, Rule, parse, read_yaml, show, suggest
+from gspn2convert.keep import parse_keep
+from gspn2convert.recipe_parser import Part, parse, read_yaml, show, suggest
+from gspn2convert.recipe_values import (
+    BelowOne,
+    Count,
+    Fraction,
+    Interval,
+    Keep,
+    Name,
+    Positive,
+    ProxyDim,
+    Sizes,
+    Weight,
+    Whole,
+)
 
 __all__ = [
     "Align",
     "Augment",
+    "Curriculum",
     "Fit",
     "Mixer",
     "Recipe",
@@ -30,28 +43,6 @@ __all__ = [
     "recipe_names",
     "recipe_text",
 ]
-
-_INT_MAX = 2**31 - 1
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_SHARE_OF_WIDTH = re.compile(r"C/([1-9][0-9]{0,3})")
-
-
-def _is_proxy_dim(value: int | str) -> bool:
-    return 1 <= value <= _INT_MAX if isinstance(value, int) else bool(_SHARE_OF_WIDTH.fullmatch(value))
-
-
-Count = Annotated[int, Rule(lambda value: 1 <= value <= _INT_MAX, "an integer of 1 or more")]
-Whole = Annotated[int, Rule(lambda value: 0 <= value <= _INT_MAX, "an integer of 0 or more")]
-Positive = Annotated[float, Rule(lambda value: value > 0, "a number above 0")]
-Weight = Annotated[float, Rule(lambda value: value >= 0, "a number of 0 or more")]
-Fraction = Annotated[float, Rule(lambda value: 0 <= value <= 1, "a number from 0 to 1")]
-BelowOne = Annotated[float, Rule(lambda value: 0 <= value < 1, "a number of 0 or more and below 1")]
-Interval = Annotated[
-    tuple[float, float], Rule(lambda pair: 0 < pair[0] <= pair[1] <= 1, "[low, high] with 0 < low <= high <= 1")
-]
-ProxyDim = Annotated[int | str, Rule(_is_proxy_dim, "an integer of 1 or more, or a share of the width such as 'C/8'")]
-Keep = Annotated[str, Rule(is_keep, KEEP_FORMS)]
-Name = Annotated[str, Rule(lambda text: bool(_NAME.fullmatch(text)), "a name of letters, digits, '.', '_' and '-'")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +138,7 @@ class RecoverLosses(Part):
     prefix: Weight = 1.0
     patch: Weight = 0.9
     smooth_l1: Weight = 0.1
+    similarity: Weight = 0.0
     mixer: Weight = 0.5
     logits: Weight = 1.0
     temperature: Positive = 2.0
@@ -154,7 +146,7 @@ class RecoverLosses(Part):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not any((self.prefix, self.patch, self.smooth_l1, self.mixer, self.logits)):
+        if not any((self.prefix, self.patch, self.smooth_l1, self.similarity, self.mixer, self.logits)):
             raise RecipeError(f"{self.place}: every weight is 0; give at least one of them a number above 0")
 
 
@@ -177,6 +169,30 @@ class Recover(Part):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Curriculum(Recover):
+    """Stage 3: the same as stage 2 at one image size after the other."""
+
+    place: ClassVar[str] = "recipe.curriculum"
+
+    sizes: Sizes = ()
+    steps: Whole = 1000
+    batch_size: Count = 128
+    mixer_lr: Positive = 2.0e-4
+    lr: Positive = 1.0e-4
+    target: Literal["teacher", "reduced", "previous"] = "teacher"
+
+    def at(self, number: int) -> "Curriculum":
+        """What is done at the size of this number: with as many tokens a step as at the first size.
+
+        Larger images come in batches that are smaller in the same measure, in multiples of 8.
+        """
+        share = (self.sizes[0] / self.sizes[number]) ** 2
+        return replace(
+            self, batch_size=self.batch_size if number == 0 else max(8, int(self.batch_size * share) // 8 * 8)
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe(Part):
     """Everything that decides what a conversion does; where and how it runs are options of the command."""
 
@@ -187,7 +203,9 @@ class Recipe(Part):
     fit: Fit = field(default_factory=Fit)
     align: Align
     recover: Recover
+    curriculum: Curriculum = field(default_factory=Curriculum)
     augment: Augment = field(default_factory=Augment)
+    size: Whole = 0
     keep: Keep = "none"
     seed: Whole = 0
     eval_every: Count = 50

@@ -135,6 +135,8 @@ def _has_type(value: object, hint: Hint) -> bool:
         return isinstance(value, str) and value in get_args(hint)
     if origin is tuple:
         items = get_args(hint)
+        if isinstance(value, tuple) and items[1:] == (...,):
+            items = (items[0],) * len(value)
         return isinstance(value, tuple) and len(value) == len(items) and all(map(_has_type, value, items))
     if hint is float:
         return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,9 +1,10 @@
-"""The two training stages: what trains, and the loss of one batch.
+"""The training stages: what trains, and the loss of one batch.
 
 Stage 1, align: every mixer alone learns to give what the attention gave, on the teacher's own inputs.
 Stage 2, recover: the student as a whole learns to give the teacher's final tokens and logits.
+Stage 3, curriculum: the same at larger and larger sizes.
 
-Both run the student in eval mode, gradients and all: dropout and stochastic depth stay off, so that a step
+All run the student in eval mode, gradients and all: dropout and stochastic depth stay off, so that a step
 depends on weights and images alone and a resumed run repeats it exactly.
 
 Shapes: B batch, N tokens, P prefix tokens, C channels.
@@ -19,7 +20,15 @@ import torch.distributed as dist
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
-from gspn2convert.losses import cosine_loss, kl, normalised_difference, relative_error, smooth_l1, variance
+from gspn2convert.losses import (
+    cosine_loss,
+    kl,
+    normalised_difference,
+    relative_error,
+    similarity,
+    smooth_l1,
+    variance,
+)
 from gspn2convert.mixer import Gspn2Mixer
 from gspn2convert.model import Gspn2Vit
 from gspn2convert.recipe import Align, Recover, RecoverLosses
@@ -31,7 +40,7 @@ Group = dict[str, Any]  # a parameter group of a torch optimizer, with its "peak
 
 
 class Objective(nn.Module):
-    """What both stages share.
+    """What the stages share.
 
     Args:
         student: put into eval mode.
@@ -162,13 +171,13 @@ class RecoverStage(Objective):
             progress: share of the stage that is done, 0 to 1; the mixer term fades with it.
 
         Returns:
-            "loss" and its terms before weighting: "prefix" (with prefix tokens), "patch", "smooth_l1", "mixer"
-            (until it has faded), "logits" (with a head).
+            "loss" and its terms before weighting: "prefix" (with prefix tokens), "patch", "smooth_l1",
+            "similarity" (where it is asked for), "mixer" (until it has faded), "logits" (with a head).
         """
         weights = self.weights(progress)
         sites = [site for site in self.mixers if "mixer" in weights]
         with torch.no_grad(), Taps(self.teacher, sites) as theirs:
-            target = final_tokens(self.teacher, images)
+            target = self.target(images)
             target_logits = self.teacher.forward_head(target) if self.with_logits else None
         with Taps(self.student, sites) as ours:
             output = final_tokens(self.student, images)
@@ -179,6 +188,8 @@ class RecoverStage(Objective):
         }
         if self.prefix:
             terms["prefix"] = cosine_loss(output[:, : self.prefix], target[:, : self.prefix])
+        if self.losses.similarity > 0:
+            terms["similarity"] = similarity(patch, target_patch)
         if target_logits is not None:
             terms["logits"] = kl(self.student.forward_head(output), target_logits, self.losses.temperature)
         if sites:
@@ -187,6 +198,10 @@ class RecoverStage(Objective):
         loss = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
         return {"loss": loss, **terms}
 
+    def target(self, images: Tensor) -> Tensor:
+        """Final tokens (B, N, C) that the student is to give for images (B, 3, height, width)."""
+        return final_tokens(self.teacher, images)
+
     def weights(self, progress: float) -> dict[str, float]:
         """Weight of each term; the mixer's falls linearly to 0 at `mixer_until`, from where on it is left out."""
         losses = self.losses
@@ -194,6 +209,7 @@ class RecoverStage(Objective):
             "prefix": losses.prefix,
             "patch": losses.patch,
             "smooth_l1": losses.smooth_l1,
+            "similarity": losses.similarity,
             "logits": losses.logits,
         }
         if losses.mixer > 0 and progress < losses.mixer_until:

@@ -35,6 +35,7 @@ ALIASES: dict[str, str] = {
     "deit_base": "deit_base_patch16_224",
     "dinov2_small": "vit_small_patch14_dinov2",
     "dinov2_base": "vit_base_patch14_dinov2",
+    "siglip2_base": "vit_base_patch16_siglip_224.v2_webli",
 }
 DEMO = Path(__file__).parent / "demo" / "teacher"
 _VIT_MODULES = ("vision_transformer", "deit")
@@ -108,7 +109,8 @@ def _find(name: str) -> _Source:
     if prefix == "hf-hub":
         return _from_folder(hub_file(rest, "config.json").parent, hub=rest)
     architecture, tag = split_model_name_tag(name)
-    architecture = ALIASES.get(architecture, architecture)
+    architecture, own_tag = split_model_name_tag(ALIASES.get(architecture, architecture))
+    tag = tag or own_tag
     if architecture == GSPN2_VIT:
         raise UserError("gspn2_vit is what teachers are converted to; name a ViT such as vit_small")
     if timm.is_model(architecture):

@@ -1,4 +1,4 @@
-"""The training loop of both stages, on Accelerate: one process, several GPUs and several machines run the same code.
+"""The training loop of all stages, on Accelerate: one process, several GPUs and several machines run the same code.
 
 A step is a function of the weights, the optimizer's state, the images and the step's number. Nothing random and no
 clock enters it, so a run that was killed and resumed ends, on the CPU, with the same bits as one that was not.
@@ -136,7 +136,9 @@ class _Training:
         self.parameters = [parameter for group in groups for parameter in group["params"]]
         self.named = [(n, p) for n, p in objective.named_parameters() if p.requires_grad]
         assert {id(p) for _, p in self.named} == {id(p) for p in self.parameters}
-        self.model, self.optimizer = accelerator.prepare(objective, torch.optim.AdamW(groups, betas=(0.9, 0.95)))
+        fused = accelerator.device.type == "cuda"
+        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=fused)
+        self.model, self.optimizer = accelerator.prepare(objective, optimizer)
         decay = spec.ema if isinstance(spec, Recover) else 0.0
         self.ema = Ema(objective.student, decay) if decay else None
         self.skipped = 0

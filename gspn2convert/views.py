@@ -27,6 +27,7 @@ class View:
 
     pixels: Tensor | None  # (C, H, W); None where none of the next images can be read
     label: int
+    aspect: float  # width of the image over its height
     index: int  # of the image that was asked for
     problem: str  # why that one cannot be read, empty if it can
 
@@ -35,10 +36,10 @@ class Views(Dataset[View]):
     """Views by (epoch, position in `indices`)."""
 
     def __init__(
-        self, images: ImageSet, data_config: dict[str, Any], indices: Sequence[int], augment: Augment | None, seed: int
+        self, images: ImageSet, indices: Sequence[int], transform: Callable[[Image.Image], Tensor], seed: int
     ) -> None:
         self.images, self._indices, self._seed = images, indices, seed
-        self._transform = make_transform(data_config, augment, images.in_chans)
+        self._transform = transform
 
     def __getitem__(self, key: tuple[int, int]) -> View:
         epoch, position = key
@@ -53,8 +54,8 @@ class Views(Dataset[View]):
                 problem = problem or str(error)
             else:
                 with _seeded(self._seed, epoch, index):
-                    return View(self._transform(image), label, index, problem)
-        return View(None, -1, index, problem)
+                    return View(self._transform(image), label, image.width / image.height, index, problem)
+        return View(None, -1, 1.0, index, problem)
 
 
 def make_transform(
@@ -63,10 +64,9 @@ def make_transform(
     """Make the teacher's evaluation view, or training views: crops, mirrored or not, in slightly other colours."""
     channels, *size = data_config["input_size"]
     assert channels == in_chans, f"the images have {in_chans} channels, the teacher takes {channels}"
-    shared = {key: data_config[key] for key in ("interpolation", "mean", "std")} | {"input_size": tuple(size)}
-    for key in ("mean", "std"):
-        if len(shared[key]) != channels:  # timm keeps three values for models whose input was changed to grey
-            shared[key] = (sum(shared[key]) / len(shared[key]),) * channels
+    mean, std = channel_moments(data_config)
+    how = data_config["interpolation"]
+    shared = {"interpolation": how, "mean": mean, "std": std, "input_size": tuple(size)}
     if augment is None:
         return create_transform(**shared, crop_pct=data_config["crop_pct"], crop_mode=data_config["crop_mode"])
     jitter = augment.color_jitter
@@ -80,12 +80,22 @@ def make_transform(
     )
 
 
-def collate(views: list[View]) -> tuple[Tensor | None, Tensor, list[tuple[int, str]]]:
-    """Stack views; there are no pixels if one of them has none."""
+def channel_moments(data_config: dict[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation by which pixels are normalised, a value for each channel."""
+    channels = data_config["input_size"][0]
+    moments = (tuple(data_config[key]) for key in ("mean", "std"))
+    # timm keeps three values for models whose input was changed to grey.
+    mean, std = (each if len(each) == channels else (sum(each) / len(each),) * channels for each in moments)
+    return mean, std
+
+
+def collate(views: list[View]) -> tuple[Tensor | None, Tensor, Tensor, list[tuple[int, str]]]:
+    """Stack pixels, labels and aspects of views; there are no pixels if one of them has none."""
     pixels = [view.pixels for view in views if view.pixels is not None]
     labels = torch.tensor([view.label for view in views])
+    aspects = torch.tensor([view.aspect for view in views])
     asked = [(view.index, view.problem) for view in views]
-    return torch.stack(pixels) if len(pixels) == len(views) else None, labels, asked
+    return torch.stack(pixels) if len(pixels) == len(views) else None, labels, aspects, asked
 
 
 def _number(*key: int | str) -> int:

@@ -95,7 +95,17 @@ def test_readme_explains_every_field_once_with_its_default() -> None:
 
 
 def test_bundled_recipes() -> None:
-    assert recipe_names() == ["default", "demo", "paper"]
+    assert recipe_names() == [
+        "default",
+        "demo",
+        "dinov2_base",
+        "dinov2_small_photos",
+        "fashion_mnist_vit_tiny",
+        "hires",
+        "paper",
+        "siglip2_base",
+        "vit_base_imagenet",
+    ]
     assert load_recipe("demo").mixer.resolve(96)["proxy_dim"] == 24
     assert load_recipe("default").mixer.resolve(768)["proxy_dim"] == 96
     paper = load_recipe("paper").mixer
@@ -268,7 +278,7 @@ def test_load_by_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_recipe_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="unknown recipe 'dmo', did you mean 'demo'?"):
         load_recipe("dmo")
-    with pytest.raises(RecipeError, match="unknown recipe ''; known are default, demo, paper"):
+    with pytest.raises(RecipeError, match="unknown recipe ''; known are default, demo, dinov2_base"):
         load_recipe("")
     with pytest.raises(RecipeError, match=r"lost\.yaml: cannot read this recipe: No such file or directory; recipes"):
         load_recipe(tmp_path / "lost.yaml")

@@ -12,6 +12,14 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 _DEMO = "demo"
+# Recipes of teachers that have one of their own; all others take `default`.
+_RECIPES = {
+    _DEMO: "demo",
+    "vit_base": "vit_base_imagenet",
+    "dinov2_small": "dinov2_small_photos",
+    "dinov2_base": "dinov2_base",
+    "siglip2_base": "siglip2_base",
+}
 _SCORES = {"patch_cosine": "patch cosine", "prefix_cosine": "prefix cosine"}
 _SHARES = {"agreement": "agreement", "top1": "top-1"}
 
@@ -45,7 +53,8 @@ def _show_result(document: Document, console: "Console") -> None:
     out = document["output"]
     top1 = document["teacher_top1"]
     teacher = "" if top1 is None else f"; the teacher's top-1 is {percent(top1)}"
-    console.print(f"mean error after the fit {document['fit_error']:.3f}{teacher}")
+    if document["fit_error"] is not None:
+        console.print(f"mean error after the fit {document['fit_error']:.3f}{teacher}")
     console.print(f"wrote {out}; next: gspn2convert export {out}, or gspn2convert.load({out!r}) in Python")
 
 
@@ -67,21 +76,23 @@ def _show_stages(document: Document, console: "Console") -> None:
 @click.command("distill", cls=ReportCommand, show=_show)
 @click.option("--teacher", required=True, metavar="NAME", help="demo, an alias (vit_base), a timm name or a folder.")
 @options.teacher_weights_option
-@click.option("--recipe", metavar="NAME", help="Recipe or YAML file; default: default, and demo for the demo.")
+@click.option("--recipe", metavar="NAME", help="Recipe or YAML file; default: the teacher's own, or `default`.")
 @click.option("--data", metavar="SPEC", help="demo, a folder, a .tar, or torch/, wds/, hfds/; needs no labels.")
 @click.option("--output", type=click.Path(path_type=Path), help="Folder to write; default: TEACHER-gspn2.")
 @click.option(
     "--stages",
-    default="0,1,2",
+    default="0,1,2,3",
     show_default=True,
     callback=options.read_stages,
-    help="Which of fit (0), align (1), recover (2).",
+    help="Which of fit (0), align (1), recover (2), curriculum (3).",
 )
 @click.option("--keep", metavar="LAYERS", help="Blocks that keep attention, not the recipe's: 0,5, last:2, every:6.")
+@click.option("--student", type=options.FOLDER, help="Go on from this converted model, in place of the fit.")
 @click.option("--img-size", type=click.IntRange(1), help="Image size to convert at; default: the teacher's own.")
 @options.device_option
 @click.option("--precision", type=options.PRECISION, default="fp32", show_default=True, help="Autocast to this type.")
 @options.workers_option
+@click.option("--cache", "cached", is_flag=True, help="Decode the images once and make views on the device.")
 @click.option("--resume", is_flag=True, help="Go on where an interrupted run stopped.")
 @click.option("--dry-run", is_flag=True, help="Print the plan; nothing is downloaded or written.")
 def command(
@@ -93,18 +104,18 @@ def command(
     teacher_weights: Path | None,
     img_size: int | None,
     keep: str | None,
+    student: Path | None,
     **how: Any,
 ) -> dict[str, Any]:
     """Convert a pretrained ViT into a GSPN-2 ViT."""
     from gspn2convert.recipe import load_recipe
 
-    is_demo = teacher == _DEMO
-    what = load_recipe(recipe or (_DEMO if is_demo else "default"))
+    what = load_recipe(recipe or _RECIPES.get(teacher, "default"))
     if dry_run:
         from gspn2convert.plan import plan
 
         return {"plan": plan(teacher, what, stages=how["stages"], img_size=img_size, keep=keep)}
-    images = data or (_DEMO if is_demo else None)
+    images = data or (_DEMO if teacher == _DEMO else None)
     if images is None:
         raise click.UsageError("Missing option '--data': images to convert with (only --teacher demo brings its own)")
     from accelerate import PartialState
@@ -113,7 +124,9 @@ def command(
 
     folder = output or Path(f"{Path(teacher).name}-gspn2")
     run = Options(output=folder, quiet=wants_json(), **how)
-    metrics = distill(teacher, what, images, run, teacher_weights=teacher_weights, img_size=img_size, keep=keep)
+    metrics = distill(
+        *(teacher, what, images, run), teacher_weights=teacher_weights, img_size=img_size, keep=keep, student=student
+    )
     if not PartialState().is_main_process:  # of several, one speaks for all
         click.get_current_context().exit()
     return {"output": str(folder), **metrics}

@@ -58,8 +58,9 @@ def read_shape(context: click.Context, parameter: click.Parameter, value: Value)
 def read_stages(context: click.Context, parameter: click.Parameter, value: str) -> tuple[int, ...]:
     """Read stages such as `0,1,2`, in ascending order."""
     parts = [part.strip() for part in value.split(",")]
-    if not set(parts) <= {"0", "1", "2"}:
-        raise click.BadParameter(f"{value!r}: expected some of 0 (fit), 1 (align), 2 (recover), such as 0,1,2")
+    if not set(parts) <= {"0", "1", "2", "3"}:
+        stages = "0 (fit), 1 (align), 2 (recover), 3 (curriculum)"
+        raise click.BadParameter(f"{value!r}: expected some of {stages}, such as 0,1,2")
     return tuple(sorted({int(part) for part in parts}))
 
 

@@ -1,0 +1,62 @@
+"""Stage 3, curriculum: targets for sizes at which the teacher is not asked, or only on a reduced image.
+
+Shapes: B batch, N = P + H W tokens, P prefix tokens, C channels, H W grid of patches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from timm.models import VisionTransformer
+from torch import Tensor
+
+from gspn2convert.model import Gspn2Vit
+from gspn2convert.recipe import RecoverLosses
+from gspn2convert.stage import RecoverStage
+from gspn2convert.vit import final_tokens, grid_size
+
+
+class ReducedStage(RecoverStage):
+    """Recovery at a size at which no teacher runs: the targets come from a guide that sees a reduced image.
+
+    The guide's patch tokens are resized to the student's grid. There is no mixer term, for no other model has
+    outputs on that grid.
+
+    Args:
+        student: see `Objective`.
+        teacher: gives the head for the logits.
+        losses: weights of the terms; the mixer's is not used.
+        statistics: `channel_statistics` of the guide's patch tokens.
+        guide: ViT that gives the targets, the teacher or the student of an earlier size. It is frozen.
+        size: height and width of the images that the guide sees.
+    """
+
+    def __init__(
+        self,
+        student: Gspn2Vit,
+        teacher: VisionTransformer,
+        losses: RecoverLosses,
+        statistics: tuple[Tensor, Tensor],
+        guide: VisionTransformer,
+        size: tuple[int, int],
+    ) -> None:
+        super().__init__(student, teacher, replace(losses, mixer=0.0), statistics)
+        self.size, self._guide = size, (guide.eval().requires_grad_(False),)
+        if guide is not teacher:
+            self.previous = guide  # as a submodule, unlike the teacher, so that the checkpoint has it
+
+    def target(self, images: Tensor) -> Tensor:
+        """Final tokens (B, N, C) of the guide, on the grid of the images (B, 3, height, width)."""
+        reduced = F.interpolate(images, self.size, mode="bicubic", antialias=True, align_corners=False)
+        tokens = final_tokens(self._guide[0], reduced)
+        return resize_patches(tokens, grid_size(self.student, *self.size), grid_size(self.student, *images.shape[-2:]))
+
+
+def resize_patches(tokens: Tensor, grid: tuple[int, int], wanted: tuple[int, int]) -> Tensor:
+    """Resize the patches of tokens (B, P + H W, C) bilinearly from one grid (H, W) to another; P prefix tokens stay."""
+    prefix = tokens.shape[1] - grid[0] * grid[1]
+    patches = tokens[:, prefix:].mT.unflatten(-1, grid).float()
+    resized = F.interpolate(patches, wanted, mode="bilinear", align_corners=False).flatten(2).mT
+    return torch.cat([tokens[:, :prefix], resized.to(tokens.dtype)], 1)
