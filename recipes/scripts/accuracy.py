@@ -1,0 +1,205 @@
+r"""Convert a teacher by a recipe, and by everything that the recipe must be compared with; measure what is kept.
+
+Each row is one conversion with one seed; a results file holds many, and a run adds its rows to it. Two settings:
+
+    fashion: python recipes/scripts/accuracy.py --setting fashion --teacher FOLDER --data FASHION --rows pure,auto
+    dinov2:  python recipes/scripts/accuracy.py --setting dinov2 --teacher dinov2_small --teacher-weights FILE \
+                 --data PHOTOS --fashion FASHION --rows pure,auto
+
+FOLDER is what train_fashion_teacher.py wrote, FASHION a folder with torchvision's Fashion-MNIST, PHOTOS what
+make_photos.py wrote. Run from the repository's root; `--rows help` lists the rows.
+"""
+
+import argparse
+import fcntl
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from controls import with_fresh_attention, without_scan
+from timm.models import VisionTransformer
+
+import gspn2convert
+from gspn2convert.artifact import write_atomic
+from gspn2convert.data import ImageSet, open_images
+from gspn2convert.distill import Options, distill_student
+from gspn2convert.environment import environment
+from gspn2convert.evaluate import evaluate
+from gspn2convert.keep import read_keep
+from gspn2convert.model import Gspn2Vit
+from gspn2convert.recipe import Recipe, load_recipe
+from gspn2convert.teachers import load_teacher
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One way to convert.
+
+    Attributes:
+        what: for people.
+        keep: blocks that keep attention.
+        stages: which stages run; without 0 the mixers start at random.
+        mixer: recipe whose mixer is taken, if it is not the setting's own.
+        start: makes the student to start from, in place of stage 0.
+    """
+
+    what: str
+    keep: str = "none"
+    stages: tuple[int, ...] = (0, 1, 2)
+    mixer: str | None = None
+    start: Callable[[VisionTransformer, Recipe, ImageSet], Gspn2Vit] | None = None
+
+
+ROWS = {
+    "pure": Row(what="no attention left"),
+    "auto": Row(what="3 blocks keep attention, chosen automatically", keep="auto:3"),
+    "every": Row(what="blocks 3, 7 and 11 keep attention", keep="every:4"),
+    "last": Row(what="the last 3 blocks keep attention", keep="last:3"),
+    "stage0": Row(what="stage 0 alone", stages=(0,)),
+    "stage1": Row(what="stage 1 alone, from a random start", stages=(1,)),
+    "stage2": Row(what="stage 2 alone, from a random start", stages=(2,)),
+    "random": Row(what="stages 1 and 2 from a random start", stages=(1, 2)),
+    "paper": Row(what="the mixer of the paper, all stages", mixer="paper"),
+    "no_scan": Row(what="the scan's output switched off, all stages", start=without_scan),
+    "attention": Row(what="fresh attention in place of mixers, stages 1 and 2", start=with_fresh_attention),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """A teacher with its images.
+
+    Attributes:
+        recipe: name of the recipe.
+        size: image size in pixels, None for the teacher's own.
+        in_chans: channels of the images.
+    """
+
+    recipe: str
+    size: int | None
+    in_chans: int
+
+
+SETTINGS = {
+    "fashion": Setting(recipe="fashion_mnist_vit_tiny", size=None, in_chans=1),
+    "dinov2": Setting(recipe="dinov2_small_photos", size=224, in_chans=3),
+}
+
+
+def convert(row: Row, recipe: Recipe, teacher: VisionTransformer, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Convert and measure; see `measure` for the figures."""
+    channels = teacher.patch_embed.proj.in_channels
+    images, test = (open_images(arguments.data, split, in_chans=channels) for split in ("train", "test"))
+    given = None if row.start is None else row.start(teacher, recipe, images)
+    folder = arguments.work / f"{arguments.setting}-{arguments.row}-{recipe.seed}"
+    options = Options(
+        output=folder, stages=row.stages, precision="bf16", workers=arguments.workers, cached=True, resume=True
+    )
+    began = time.monotonic()
+    metrics = distill_student(
+        teacher, recipe, images, test, options, teacher_name=arguments.setting, keep=read_keep(row.keep), given=given
+    )
+    minutes = (time.monotonic() - began) / 60
+    student = gspn2convert.load(folder) if given is None else given
+    kept = {key: metrics[key] for key in ("kept_layers", "parameters", "fit_error", "stages") if key in metrics}
+    return {
+        "what": row.what,
+        "seed": recipe.seed,
+        "minutes": round(minutes, 2),
+        **kept,
+        "selection": metrics.get("selection"),
+        "images_per_second": speeds(metrics["history"]),
+        "evaluation": measure(student, teacher, test, arguments),
+        "environment": environment(next(student.parameters()).device),
+    }
+
+
+def speeds(history: list[dict[str, Any]]) -> dict[str, float]:
+    """Images per second of each stage, the median of what was noted on the way; evaluations do not count."""
+    noted: dict[str, list[float]] = {}
+    for record in history:
+        if "images_per_second" in record:
+            noted.setdefault(record["stage"], []).append(record["images_per_second"])
+    return {stage: statistics.median(rates) for stage, rates in noted.items()}
+
+
+def measure(
+    student: VisionTransformer, teacher: VisionTransformer, test: ImageSet, arguments: argparse.Namespace
+) -> dict[str, Any]:
+    """What is kept on images that no stage has seen, and by probes on Fashion-MNIST where it is no training data."""
+    how = {"device": next(student.parameters()).device, "batch_size": 256, "workers": arguments.workers}
+    if torch.cuda.is_available():
+        how["device"] = torch.device("cuda")
+    result = evaluate(student, teacher, test, cka=True, **how)
+    if arguments.fashion is None:
+        return result
+    train, unseen = (open_images(arguments.fashion, split) for split in ("train", "test"))
+    probed = evaluate(student, teacher, unseen, knn_images=train, linear=True, precision="bf16", **how)
+    return result | {"fashion": probed}
+
+
+def add_row(path: Path, name: str, row: dict[str, Any]) -> None:
+    """Put a row into the results file, which other processes may write as well."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with (path.parent / f".{path.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        results = json.loads(path.read_text()) if path.exists() else {}
+        results[name] = row
+        write_atomic(path, (json.dumps(dict(sorted(results.items())), indent=1) + "\n").encode())
+
+
+def commit() -> str:
+    """The commit of the code that runs."""
+    run = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return run.stdout.strip()
+
+
+def read_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--setting", choices=SETTINGS, required=True, help="which teacher and recipe")
+    parser.add_argument("--teacher", required=True, help="as for gspn2convert distill")
+    parser.add_argument("--teacher-weights", type=Path, help="as for gspn2convert distill")
+    parser.add_argument("--data", required=True, help="as for gspn2convert distill")
+    parser.add_argument("--fashion", help="data of the probes, such as torch/fashion_mnist:FOLDER")
+    parser.add_argument("--rows", default="pure", help=f"some of {', '.join(ROWS)} [%(default)s]")
+    parser.add_argument("--seeds", default="0", help="[%(default)s]")
+    parser.add_argument("--recipe", help="name or file, in place of the setting's")
+    parser.add_argument("--workers", type=int, default=8, help="processes that read images [%(default)s]")
+    parser.add_argument("--work", type=Path, required=True, help="folder for the converted models")
+    parser.add_argument("--output", type=Path, required=True, help="results file to add to")
+    parser.add_argument("--commit", default=commit(), help="commit to note [this checkout's]")
+    parser.add_argument("--shared", action="store_true", help="note that other programs use the device too")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Make each row with each seed."""
+    arguments = read_arguments()
+    unknown = sorted(set(arguments.rows.split(",")) - set(ROWS))
+    if unknown:
+        known = "\n".join(f"{name}: {row.what}" for name, row in ROWS.items())
+        sys.exit(f"unknown rows {', '.join(unknown)}; known are:\n{known}")
+    setting = SETTINGS[arguments.setting]
+    for name in arguments.rows.split(","):
+        for seed in map(int, arguments.seeds.split(",")):
+            arguments.row, row = name, ROWS[name]
+            recipe = replace(load_recipe(arguments.recipe or setting.recipe), seed=seed)
+            if row.mixer is not None:
+                recipe = replace(recipe, mixer=load_recipe(row.mixer).mixer)
+            torch.manual_seed(seed)
+            teacher = load_teacher(arguments.teacher, weights=arguments.teacher_weights, img_size=setting.size)
+            figures = convert(row, recipe, teacher, arguments)
+            figures |= {"recipe": recipe.name, "commit": arguments.commit, "device_shared": arguments.shared}
+            add_row(arguments.output, f"{name}-{seed}", figures)
+
+
+if __name__ == "__main__":
+    main()
