@@ -131,7 +131,7 @@ def evaluate(
         both have the same classes; `prefix_cosine` (with prefix tokens) and `patch_cosine` of the final tokens, each
         with `mean` and `p5`; `neighbour_agreement` on more than 10 images, the share of an image's 10 nearest that the
         models have in common (over 20,000 images from all over the set where there are more); `cka`, one figure per
-        block, where asked for. All but `images`, `prefix_cosine` and `patch_cosine` are 0..1.
+        block, where asked for. Shares and CKA are 0..1; what is kept may be more.
 
     Raises:
         UserError: there are no images; k-NN or a linear probe is asked for and a set has no labels, or the training
