@@ -3,81 +3,42 @@
 Shape letters: B batch, N tokens, C channels, M images, L classes.
 """
 
+import contextlib
 import logging
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from timm.models import VisionTransformer
 from torch import Tensor
-from torch.nn.functional import cosine_similarity, normalize
 
 from gspn2convert.data import ImageSet, batches
 from gspn2convert.errors import UserError
-from gspn2convert.vit import data_config, final_tokens, has_head, num_prefix
+from gspn2convert.probes import (
+    COMMON_NEIGHBOURS,
+    Cka,
+    TokenCosines,
+    knn_accuracy,
+    linear_accuracy,
+    neighbour_agreement,
+)
+from gspn2convert.taps import Taps
+from gspn2convert.vit import blocks, data_config, describe_tokens, final_tokens, has_head, num_prefix
 
-NEIGHBOURS = 20
-# Temperature of the vote in the usual k-NN protocol for self-supervised ViTs (Wu et al., CVPR 2018).
-VOTE_TEMPERATURE = 0.07
+CKA_IMAGES = 256
 
-_COSINE_BINS = 20_000
-_KNN_CHUNK = 1024
+_AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+_CKA_BATCH = 8  # the tokens after every block of both models are there at once
+_PROBES = {"knn": knn_accuracy, "linear": linear_accuracy}
 
 _log = logging.getLogger(__name__)
 
 
-class CosineSummary:
-    """Mean and 5th percentile of many cosines in constant memory (the percentile to 1e-4)."""
-
-    def __init__(self) -> None:
-        """Start with no values."""
-        self._sum = 0.0
-        self._bins = torch.zeros(_COSINE_BINS, dtype=torch.int64)
-
-    def add(self, student: Tensor, teacher: Tensor) -> None:
-        """Count the cosine of each pair of vectors, both (B, N, C)."""
-        cosines = cosine_similarity(student.float(), teacher.float(), dim=-1).flatten().double().cpu()
-        self._sum += cosines.sum().item()
-        places = ((cosines + 1.0) / 2.0 * _COSINE_BINS).long().clamp(0, _COSINE_BINS - 1)
-        self._bins += torch.bincount(places, minlength=_COSINE_BINS)
-
-    def summary(self) -> dict[str, float]:
-        """Return `mean` and `p5`, the value that 5 % of the cosines do not exceed."""
-        count = int(self._bins.sum())
-        rank = max(1, -(-count * 5 // 100))
-        place = int(torch.searchsorted(self._bins.cumsum(0), rank))
-        return {"mean": self._sum / count, "p5": (place + 0.5) / _COSINE_BINS * 2.0 - 1.0}
-
-
 def image_features(model: VisionTransformer, tokens: Tensor) -> Tensor:
-    """Return one unit vector per image, (B, C): the class token, or the mean patch where there is none."""
+    """Return one vector per image, (B, C) in float32: the class token, or the mean patch where there is none."""
     pooled = tokens[:, 0] if model.has_class_token else tokens[:, num_prefix(model) :].mean(dim=1)
-    return normalize(pooled.float(), dim=-1)
-
-
-def knn_accuracy(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor) -> float:
-    """Classify unit vectors by the vote of their nearest training vectors, weighted by exp(cosine / temperature).
-
-    Args:
-        train: training features (M, C), unit length.
-        train_labels: their classes (M,), int64.
-        test: features to classify (M', C), unit length.
-        test_labels: their classes (M',).
-
-    Returns:
-        The share of right answers, 0..1.
-    """
-    neighbours = min(NEIGHBOURS, len(train))
-    classes = int(max(train_labels.max(), test_labels.max())) + 1
-    right = 0
-    for start in range(0, len(test), _KNN_CHUNK):
-        chunk = slice(start, start + _KNN_CHUNK)
-        cosines, nearest = (test[chunk] @ train.T).topk(neighbours, dim=1)
-        votes = torch.zeros(len(cosines), classes, dtype=torch.float64)
-        votes.scatter_add_(1, train_labels[nearest], (cosines.double() / VOTE_TEMPERATURE).exp())
-        right += int((votes.argmax(dim=1) == test_labels[chunk]).sum())
-    return right / len(test)
+    return pooled.float()
 
 
 @dataclass
@@ -100,25 +61,30 @@ class _Run:
 
     models: dict[str, VisionTransformer]
     device: torch.device
+    precision: str
     batch_size: int
     workers: int
 
-    def over(self, images: ImageSet) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-        """Yield the final tokens of each model, (B, N, C), and the labels, (B,)."""
+    def over(
+        self, images: ImageSet, indices: Sequence[int] | None = None
+    ) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+        """Yield the final tokens of each model, (B, N, C) in float32, and the labels, (B,)."""
+        dtype = _AUTOCAST[self.precision]
         for model in self.models.values():
             model.to(self.device).eval()
-        indices = range(len(images))
         for pixels, labels in batches(
             images,
             data_config(self.models["student"]),
-            indices=indices,
+            indices=range(len(images)) if indices is None else indices,
             batch_size=self.batch_size,
             augment=None,
             seed=0,
             workers=self.workers,
         ):
             on_device = pixels.to(self.device)
-            yield {name: final_tokens(model, on_device) for name, model in self.models.items()}, labels
+            with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
+                tokens = {name: final_tokens(model, on_device).float() for name, model in self.models.items()}
+            yield tokens, labels
 
     def features(self, images: ImageSet) -> tuple[dict[str, Tensor], Tensor]:
         """Return each model's features (M, C) and the labels (M,)."""
@@ -138,10 +104,13 @@ def evaluate(
     *,
     batch_size: int = 64,
     device: torch.device | str = "cpu",
+    precision: str = "fp32",
     knn_images: ImageSet | None = None,
+    linear_images: ImageSet | None = None,
+    cka: bool = False,
     workers: int = 0,
 ) -> dict[str, Any]:
-    """Compare two models on the same pixels (the student's own data config).
+    """Compare two models on the same pixels (the student's own data config), both by the same protocol.
 
     Args:
         student: converted ViT.
@@ -149,22 +118,33 @@ def evaluate(
         images: images to evaluate on.
         batch_size: images per forward pass.
         device: where to run; the models are moved there.
+        precision: "fp32", "bf16" or "fp16", the latter two by autocast of the tokens; heads and scores stay in float32.
         knn_images: labelled training images; with them both models also get a k-NN accuracy.
+        linear_images: labelled training images; with them both models also get the accuracy of a linear probe.
+        cka: also compare the patch tokens after each block, on at most 256 of the images, from all over the set.
         workers: processes that read images.
 
     Returns:
-        `images`; `top1` and `teacher_top1` where the labels are the model's classes; `agreement` of the two
-        first guesses where both have the same classes; `prefix_cosine` (with prefix tokens) and `patch_cosine`
-        of the final tokens, each with `mean` and `p5`; `knn` and `teacher_knn` with `knn_images`. Shares are 0..1.
+        `images`; `top1` where the labels are the model's classes; `knn` with `knn_images`, `linear` with
+        `linear_images`; each of these also as `teacher_...` and, where there are both and the teacher's is not 0, as
+        `..._kept`, the student's share of the teacher's. With a teacher: `agreement` of the two first guesses where
+        both have the same classes; `prefix_cosine` (with prefix tokens) and `patch_cosine` of the final tokens, each
+        with `mean` and `p5`; `neighbour_agreement` on more than 10 images, the share of an image's 10 nearest that the
+        models have in common (over 20,000 images from all over the set where there are more); `cka`, one figure per
+        block, where asked for. Shares and CKA are 0..1; what is kept may be more.
 
     Raises:
-        UserError: if there are no images, or k-NN is asked for and an image set has no labels.
+        UserError: there are no images; k-NN or a linear probe is asked for and a set has no labels, or the training
+            images are those evaluated on or have other classes; the teacher is of another shape, or CKA has none.
     """
-    _check(images, knn_images)
+    _check_models(student, teacher, precision, cka)
+    wanted = {"knn": knn_images, "linear": linear_images}
+    _check_images(images, [one for one in wanted.values() if one is not None])
     models = {"student": student} if teacher is None else {"student": student, "teacher": teacher}
-    run = _Run(models=models, device=torch.device(device), batch_size=batch_size, workers=workers)
+    where = torch.device(device)
+    run = _Run(models=models, device=where, precision=precision, batch_size=batch_size, workers=workers)
     seen, labels = {name: _Seen(model) for name, model in models.items()}, []
-    cosines = _TokenCosines(num_prefix(student))
+    cosines = TokenCosines(num_prefix(student))
     for tokens, batch_labels in run.over(images):
         labels.append(batch_labels)
         for name in seen:
@@ -172,41 +152,86 @@ def evaluate(
         if teacher is not None:
             cosines.add(tokens["student"], tokens["teacher"])
     truth = torch.cat(labels)
-    result = {"images": len(truth), **_top1(seen, images, truth)}
+    features = {name: torch.cat(one.features).to(where) for name, one in seen.items()}
+    result: dict[str, Any] = {"images": len(truth), **_both("top1", _top1(seen, images, truth))}
     if teacher is not None:
-        result |= _agreement(seen) | cosines.summary()
-    if knn_images is not None:
-        train, train_labels = run.features(knn_images)
-        for name, one in seen.items():
-            accuracy = knn_accuracy(train[name], train_labels, torch.cat(one.features), truth)
-            result[_key(name, "knn")] = accuracy
+        result |= _agreement(seen) | cosines.summary() | _common_neighbours(features)
+    result |= _probe(run, images, features, truth, wanted)
+    return result | ({"cka": _block_cka(run, images)} if cka else {})
+
+
+def _probe(
+    run: _Run, images: ImageSet, features: dict[str, Tensor], truth: Tensor, wanted: dict[str, ImageSet | None]
+) -> dict[str, float]:
+    """Score features (M, C) of each model and labels (M,) by the training images of each figure that is wanted."""
+    result: dict[str, float] = {}
+    for training in dict.fromkeys(one for one in wanted.values() if one is not None):
+        learnt, labels = run.features(training)
+        labels, asked = labels.to(run.device), _labels_of(training, images, truth).to(run.device)
+        for figure in (figure for figure, one in wanted.items() if one is training):
+            score, scores = _PROBES[figure], {}
+            for name, own in features.items():
+                scores[name] = score(learnt[name].to(run.device), labels, own, asked)
+            result |= _both(figure, scores)
     return result
 
 
-class _TokenCosines:
-    """Cosines of the final tokens of two models, prefix tokens and patches apart."""
-
-    def __init__(self, prefix_tokens: int) -> None:
-        self._prefix_tokens = prefix_tokens
-        self._prefix, self._patch = CosineSummary(), CosineSummary()
-
-    def add(self, student: Tensor, teacher: Tensor) -> None:
-        """Count one batch of tokens, both (B, N, C)."""
-        first = self._prefix_tokens
-        self._prefix.add(student[:, :first], teacher[:, :first])
-        self._patch.add(student[:, first:], teacher[:, first:])
-
-    def summary(self) -> dict[str, Any]:
-        prefix = {"prefix_cosine": self._prefix.summary()} if self._prefix_tokens else {}
-        return {**prefix, "patch_cosine": self._patch.summary()}
+def _labels_of(training: ImageSet, images: ImageSet, labels: Tensor) -> Tensor:
+    """Return the images' labels (M,) as the training images count their classes."""
+    known, names = training.label_names, images.label_names
+    assert known is not None
+    assert names is not None
+    return labels if known == names else torch.tensor([known.index(name) for name in names])[labels]
 
 
-def _check(images: ImageSet, knn_images: ImageSet | None) -> None:
-    for one in (images, knn_images):
-        if one is not None and not len(one):
+def _block_cka(run: _Run, images: ImageSet) -> list[float]:
+    """Compare the patch tokens after each block."""
+    depth, count = len(blocks(run.models["student"])), min(len(images), CKA_IMAGES)
+    sums = [Cka() for _ in range(depth)]
+    with contextlib.ExitStack() as open_taps:
+        taps = [open_taps.enter_context(Taps(model, range(depth), blocks)) for model in run.models.values()]
+        firsts = [num_prefix(model) for model in run.models.values()]
+        few = replace(run, batch_size=min(run.batch_size, _CKA_BATCH))
+        for _ in few.over(images, [place * len(images) // count for place in range(count)]):
+            for block, one in enumerate(sums):
+                ours, theirs = (tap.outputs[block][:, p:].flatten(0, 1) for tap, p in zip(taps, firsts, strict=True))
+                one.add(ours, theirs)
+    return [one.value() for one in sums]
+
+
+def _check_models(student: VisionTransformer, teacher: VisionTransformer | None, precision: str, cka: bool) -> None:
+    if precision not in _AUTOCAST:
+        raise UserError(f"precision {precision!r}: expected one of {', '.join(_AUTOCAST)}")
+    if teacher is None:
+        if cka:
+            raise UserError("CKA compares a student with its teacher, and there is none; leave --cka out, or name one")
+        return
+    ours, theirs = describe_tokens(student), describe_tokens(teacher)
+    if ours != theirs:
+        raise UserError(f"the student has {ours}, the teacher {theirs}; name the teacher that it was converted from")
+
+
+def _check_images(images: ImageSet, training: Sequence[ImageSet]) -> None:
+    for one in (images, *training):
+        if not len(one):
             raise UserError(f"data {one.name!r}: no images to evaluate on")
-        if knn_images is not None and one is not None and one.label_names is None:
-            raise UserError(f"data {one.name!r}: k-NN needs labelled images, and these have no labels; leave --knn out")
+        if training and one.label_names is None:
+            raise UserError(
+                f"data {one.name!r}: k-NN and a linear probe need labelled images, and these have no labels; "
+                "leave --knn and --linear out"
+            )
+    for one in training:
+        if one is images or one.same_as(images):
+            raise UserError(
+                f"data {one.name!r}: its training images are the very ones to evaluate on, so --knn and --linear would "
+                "flatter; give data with a train and a test split and evaluate on the latter, or leave them out"
+            )
+        unknown = sorted(set(images.label_names or ()) - set(one.label_names or ()))
+        if unknown:
+            raise UserError(
+                f"data {one.name!r}: class {unknown[0]!r} is in the images to evaluate on, but in no training image; "
+                "leave --knn and --linear out"
+            )
 
 
 def _top1(seen: dict[str, _Seen], images: ImageSet, labels: Tensor) -> dict[str, float]:
@@ -214,7 +239,7 @@ def _top1(seen: dict[str, _Seen], images: ImageSet, labels: Tensor) -> dict[str,
     for name, one in seen.items():
         classes = class_of_label(one.model, images.label_names) if one.guesses else None
         if classes is not None:
-            result[_key(name, "top1")] = _share(torch.cat(one.guesses) == classes[labels])
+            result[name] = _share(torch.cat(one.guesses) == classes[labels])
     return result
 
 
@@ -247,5 +272,15 @@ def _share(right: Tensor) -> float:
     return right.double().mean().item()
 
 
-def _key(model: str, figure: str) -> str:
-    return figure if model == "student" else f"{model}_{figure}"
+def _common_neighbours(features: dict[str, Tensor]) -> dict[str, float]:
+    if len(features["student"]) <= COMMON_NEIGHBOURS:
+        return {}
+    return {"neighbour_agreement": neighbour_agreement(features["student"], features["teacher"])}
+
+
+def _both(figure: str, scores: dict[str, float]) -> dict[str, float]:
+    """Name the scores of student and teacher, and what share of the teacher's the student has kept."""
+    result = {figure if name == "student" else f"{name}_{figure}": score for name, score in scores.items()}
+    if scores.get("teacher") and "student" in scores:
+        result[f"{figure}_kept"] = scores["student"] / scores["teacher"]
+    return result

@@ -1,11 +1,11 @@
-"""Reading what enters and leaves the attention sites of a ViT while it runs.
+"""Reading what enters and leaves the attention sites or blocks of a ViT while it runs.
 
 Shapes: B batch, N tokens, C channels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Any
 
@@ -17,7 +17,7 @@ from gspn2convert.vit import attention_sites
 
 
 class Taps:
-    """Captures the input and output of attention sites during the forward passes inside a `with` block.
+    """Captures the input and output of attention sites, or of whole blocks, during the passes inside a `with` block.
 
     Works alike on timm's attention and on a mixer: both take the normalised tokens first. Tensors are kept
     as they are, with their autograd history where there is one.
@@ -25,16 +25,22 @@ class Taps:
     Args:
         vit: teacher or student.
         sites: block numbers.
+        of: `attention_sites`, or `blocks` for what enters and leaves the whole block.
 
     Attributes:
         inputs: per site, the (B, N, C) tokens that entered it in the last forward pass.
-        outputs: per site, the (B, N, C) tokens that left it, before LayerScale.
+        outputs: per site, the (B, N, C) tokens that left it; attention's are those before LayerScale.
     """
 
-    def __init__(self, vit: VisionTransformer, sites: Iterable[int]) -> None:
+    def __init__(
+        self,
+        vit: VisionTransformer,
+        sites: Iterable[int],
+        of: Callable[[VisionTransformer], list[nn.Module]] = attention_sites,
+    ) -> None:
         self.inputs: dict[int, Tensor] = {}
         self.outputs: dict[int, Tensor] = {}
-        modules = attention_sites(vit)
+        modules = of(vit)
         self._modules = {site: modules[site] for site in sites}
         self._handles: list[RemovableHandle] = []
 

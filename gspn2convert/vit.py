@@ -86,6 +86,11 @@ def attention_sites(vit: VisionTransformer) -> list[nn.Module]:
     return [block.get_submodule("attn") for block in vit.blocks]
 
 
+def blocks(vit: VisionTransformer) -> list[nn.Module]:
+    """The blocks in order; each maps tokens (B, N, C) to tokens (B, N, C)."""
+    return list(vit.blocks)
+
+
 def layer_scale(block: nn.Module) -> Tensor | None:
     """Factor (C,) on the output of a block's attention, or None."""
     gamma = getattr(block.ls1, "gamma", None)
@@ -100,6 +105,14 @@ def num_prefix(vit: VisionTransformer) -> int:
 def has_head(vit: VisionTransformer) -> bool:
     """Whether the model ends in a classifier."""
     return int(vit.num_classes) > 0
+
+
+def describe_tokens(vit: VisionTransformer) -> str:
+    """Say in words what must be the same for the tokens of two models to be compared."""
+    return (
+        f"{len(vit.blocks)} blocks of width {vit.embed_dim}, patches of {vit.patch_embed.patch_size} "
+        f"and {num_prefix(vit)} prefix tokens"
+    )
 
 
 def embed(vit: VisionTransformer, images: Tensor) -> Tensor:

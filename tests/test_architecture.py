@@ -25,7 +25,7 @@ LAYERS = (
     {"stage", "train"},
     {"convert"},
     {"fit", "taps", "losses"},
-    {"moments"},
+    {"moments", "probes"},
     {"__init__", "artifact", "teachers"},
     {"model", "session", "image_files"},
     {"mixer"},

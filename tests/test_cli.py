@@ -160,6 +160,21 @@ def test_evaluate_agrees_with_what_distill_measured(run, converted):
 
 
 @pytest.mark.usefixtures("converted")
+def test_evaluate_shows_all_that_it_can_find_out(run):
+    line = "evaluate {}/student --data {}/data --teacher {}/teacher --knn --linear --cka --precision bf16 --device cpu"
+    found = json.loads(run(f"{line} --json").stdout)
+    assert found["precision"] == "bf16"
+    assert found["linear_kept"] == pytest.approx(found["linear"] / found["teacher_linear"])
+    assert len(found["cka"]) == 2
+    shown = run(line).stdout
+    rows = {row[:30].strip(): row[30:].split("  ") for row in shown.splitlines()}
+    cells = [cell.strip() for cell in rows["linear probe top-1"] if cell.strip()]
+    assert cells == [f"{100 * found[key]:.2f} %" for key in ("linear", "teacher_linear", "linear_kept")]
+    assert f"{100 * found['neighbour_agreement']:.2f} %" in "".join(rows["neighbours in common (10)"])
+    assert f"{sum(found['cka']) / 2:.4f} (least: {min(found['cka']):.4f})" in "".join(rows["CKA of the blocks"])
+
+
+@pytest.mark.usefixtures("converted")
 def test_export_writes_files_that_load(place, run):
     shown = run("export {}/student --size 32x48").stdout
     assert "1x3x32x48" in shown
@@ -321,6 +336,12 @@ DISTILL = "distill --teacher {}/teacher --data {}/data --recipe {}/tiny.yaml --o
         ("evaluate {}/student --data {}/data --teacher vit_tinny", "did you mean vit_tiny"),
         ("evaluate {}/student --data {}/data", "say on the command line where it is"),
         ("evaluate {}/teacher --data {}/data", "not converted"),
+        ("evaluate {}/student --data {}/data/test --teacher none --knn", "are the very ones to evaluate on"),
+        (
+            "evaluate {}/student --data {}/data --teacher none --split train --linear",
+            "are the very ones to evaluate on",
+        ),
+        ("evaluate {}/student --data {}/data --teacher none --cka", "leave --cka out"),
         ("evaluate {}/nowhere --data {}/data", "does not exist"),
         ("evaluate {}/empty --data {}/data", "no config.json"),
         ("export {}/student --output {}/tiny.yaml", "tiny.yaml exists"),

@@ -13,16 +13,24 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
+_SHARES = {"top1": "top-1", "knn": "k-NN top-1", "linear": "linear probe top-1"}
+
+
 def _show(document: Document, console: "Console") -> None:
     console.print(f"{document['images']} images of {document['data']} ({document['split']} split)")
     rows = [
-        ("top-1", _percent(document, "top1"), _percent(document, "teacher_top1")),
-        ("k-NN top-1", _percent(document, "knn"), _percent(document, "teacher_knn")),
-        ("agreement of the first guess", _percent(document, "agreement"), ""),
-        *((f"cosine of {name} tokens", _cosine(document, f"{name}_cosine"), "") for name in ("prefix", "patch")),
+        *(_scores(document, title, key) for key, title in _SHARES.items()),
+        ("agreement of the first guess", _percent(document, "agreement"), "", ""),
+        ("neighbours in common (10)", _percent(document, "neighbour_agreement"), "", ""),
+        *((f"cosine of {name} tokens", _cosine(document, f"{name}_cosine"), "", "") for name in ("prefix", "patch")),
+        ("CKA of the blocks", _cka(document), "", ""),
     ]
-    titles = ("", "student", "teacher") if document["teacher"] else ("", "student")
+    titles = ("", "student", "teacher", "kept") if document["teacher"] else ("", "student")
     show_table(console, titles, [row[: len(titles)] for row in rows if any(row[1:])])
+
+
+def _scores(document: Document, title: str, key: str) -> tuple[str, ...]:
+    return (title, *(_percent(document, one) for one in (key, f"teacher_{key}", f"{key}_kept")))
 
 
 def _percent(document: Document, key: str) -> str:
@@ -31,6 +39,11 @@ def _percent(document: Document, key: str) -> str:
 
 def _cosine(document: Document, key: str) -> str:
     return f"{document[key]['mean']:.4f} (5 %: {document[key]['p5']:.4f})" if key in document else ""
+
+
+def _cka(document: Document) -> str:
+    figures = document.get("cka")
+    return f"{sum(figures) / len(figures):.4f} (least: {min(figures):.4f})" if figures else ""
 
 
 @click.command("evaluate", cls=ReportCommand, show=_show)
@@ -42,8 +55,11 @@ def _cosine(document: Document, key: str) -> str:
 @click.option("--teacher", metavar="NAME", help=f"Compare with another teacher than its own; {NO_TEACHER}.")
 @options.teacher_weights_option
 @click.option("--knn", is_flag=True, help="Also classify by the 20 nearest images of the train split.")
+@click.option("--linear", is_flag=True, help="Also fit a linear classifier to features of the train split.")
+@click.option("--cka", is_flag=True, help="Also compare the patch tokens after each block.")
 @click.option("--batch-size", type=click.IntRange(1), default=64, show_default=True, help="Images per pass.")
 @options.device_option
+@click.option("--precision", type=options.PRECISION, default="fp32", show_default=True, help="Autocast to this type.")
 @options.workers_option
 def command(
     folder: Path,
@@ -52,9 +68,9 @@ def command(
     teacher: str | None,
     teacher_weights: Path | None,
     knn: bool,
-    batch_size: int,
+    linear: bool,
     device: str,
-    workers: int,
+    **how: Any,
 ) -> dict[str, Any]:
     """Compare a converted model with its teacher on images."""
     from gspn2convert.artifact import load
@@ -66,16 +82,21 @@ def command(
     where = pick_device(device)
     channels = student.patch_embed.proj.in_channels
     images = open_images(data, split, in_chans=channels)
-    neighbours = open_images(data, "train", in_chans=channels) if knn else None
+    training = open_images(data, "train", in_chans=channels) if knn or linear else None
     rival = None if teacher == NO_TEACHER else load_rival(student, folder, teacher, weights=teacher_weights)
     figures = evaluate(
-        student, rival, images, batch_size=batch_size, device=where, knn_images=neighbours, workers=workers
+        *(student, rival, images),
+        device=where,
+        knn_images=training if knn else None,
+        linear_images=training if linear else None,
+        **how,
     )
     return {
         "student": str(folder),
         "teacher": None if rival is None else teacher or teacher_name(folder),
         "data": data,
         "split": split,
+        "precision": how["precision"],
         **figures,
         "environment": environment(where),
     }
