@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from timm.models import VisionTransformer
 
 from gspn2convert.cost import Cost, cost, training_bytes
+from gspn2convert.curriculum import check_sizes
 from gspn2convert.model import build_student
 from gspn2convert.recipe import Align, Recipe, Recover, parse_keep
 from gspn2convert.teachers import load_teacher
@@ -21,7 +22,7 @@ def plan(
     teacher: str,
     recipe: Recipe,
     *,
-    stages: Sequence[int] = (0, 1, 2),
+    stages: Sequence[int] = (0, 1, 2, 3),
     img_size: int | None = None,
     keep: str | None = None,
 ) -> dict[str, Any]:
@@ -30,22 +31,21 @@ def plan(
     Args:
         teacher: "demo", an alias, a timm name or a folder; built without its weights.
         recipe: what to do.
-        stages: which of 0, 1, 2 run.
+        stages: which of 0, 1, 2, 3 run.
         img_size: pixels to convert at; the teacher's own by default.
         keep: blocks that keep attention, instead of the recipe's.
 
     Returns:
-        Layers, parameters and MACs of teacher and student for one image, memory in bytes beyond the two models
-        (fp32, one process), and steps.
+        Layers, parameters and MACs of teacher and student for one image of the size that stages 0 to 2 see, memory in
+        bytes beyond the two models (fp32, one process), and steps; stage 3 has a row for each of its sizes.
     """
     vit = load_teacher(teacher, img_size=img_size, pretrained=False)
+    check_sizes(vit, recipe, stages)
     kept = parse_keep(recipe.keep if keep is None else keep, len(vit.blocks))
     layers = [i for i in range(len(vit.blocks)) if i not in kept]
     student = build_student(vit, layers, recipe.mixer.resolve(vit.embed_dim))
-    height, width = vit.patch_embed.img_size
+    height, width = (recipe.size, recipe.size) if recipe.size else vit.patch_embed.img_size
     before, after = cost(vit, height, width), cost(student, height, width)
-    trained: dict[int, tuple[str, Align | Recover]] = {1: ("align", recipe.align), 2: ("recover", recipe.recover)}
-    per_image = training_bytes(student, height, width)
     return {
         "teacher": teacher,
         "recipe": recipe.name,
@@ -61,12 +61,24 @@ def plan(
                 "stage": name,
                 "steps": spec.steps,
                 "images": spec.steps * spec.batch_size,
-                "bytes": spec.batch_size * per_image + COPIES_IN_TRAINING * FLOAT32 * after.parameters,
+                "bytes": spec.batch_size * training_bytes(student, *size)
+                + COPIES_IN_TRAINING * FLOAT32 * after.parameters,
             }
-            for number, (name, spec) in trained.items()
-            if number in stages
+            for name, spec, size in _trained(recipe, stages, (height, width))
         ],
     }
+
+
+def _trained(
+    recipe: Recipe, stages: Sequence[int], size: tuple[int, int]
+) -> Iterator[tuple[str, Align | Recover, tuple[int, int]]]:
+    """Stages that train: name, what is done, image size."""
+    if 1 in stages:
+        yield "align", recipe.align, size
+    if 2 in stages:
+        yield "recover", recipe.recover, size
+    for number, side in enumerate(recipe.curriculum.sizes if 3 in stages else ()):
+        yield f"curriculum-{side}", recipe.curriculum.at(number), (side, side)
 
 
 def _fit_bytes(vit: VisionTransformer, recipe: Recipe, size: Cost) -> int:
