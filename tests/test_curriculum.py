@@ -206,7 +206,7 @@ def test_the_student_ends_at_the_last_size_as_it_was_measured(undisturbed, targe
 
 
 def test_each_target_trains_another_student(undisturbed):
-    weights = [gspn2convert.load(undisturbed(target)[0]).head.weight for target in TARGETS]
+    weights = [gspn2convert.load(undisturbed(target)[0]).head.weight.detach() for target in TARGETS]
     for one, other in ((0, 1), (0, 2), (1, 2)):
         assert float((weights[one] - weights[other]).abs().max()) > 1e-6
 
