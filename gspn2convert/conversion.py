@@ -127,7 +127,7 @@ class Conversion:
     def metrics(self, student: Gspn2Vit, teacher_name: str) -> dict[str, Any]:
         """Everything measured, for metrics.json."""
         layers = self.store.notes["layers"]
-        chosen = {name: note for name, note in self.store.notes.items() if name == "selection"}
+        chosen = {"selection": self.store.notes["selection"]} if "selection" in self.store.notes else {}
         return {
             "teacher": _public(teacher_name),
             "recipe": self.recipe.name,
