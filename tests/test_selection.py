@@ -1,11 +1,18 @@
 """Which blocks keep attention, against a brute force that builds every hybrid."""
 
+import json
 import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+import timm
 import torch
 from torch.nn.functional import cosine_similarity, log_softmax
 
+from gspn2convert import selection
 from gspn2convert.checkpoint import CheckpointStore
 from gspn2convert.convert import convert
 from gspn2convert.data import batches, open_images
@@ -229,3 +236,33 @@ def test_a_sample_of_held_out_images_is_from_all_over_them(tiny_teacher):
     for name in ("tokens", "logits"):
         assert torch.equal(torch.cat(getattr(part, name)), torch.cat(getattr(whole, name))[chosen])
     assert len(torch.cat(whole.images)) == 13
+
+
+def test_all_processes_take_the_choice_of_the_first(tmp_path):
+    """Two processes, the second of which measures the opposite of what is so."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__, tmp_path)
+    subprocess.run([sys.executable, *launch], env=environment, check=True, timeout=120, capture_output=True)
+    first, second = (json.loads((tmp_path / str(rank)).read_text()) for rank in range(2))
+    assert first == second
+    assert first["passes"][0]["sets"][1]["kl"] > 0
+
+
+def choose_with_others(folder, rank):
+    """What each process of that test does."""
+    torch.manual_seed(0)
+    shape = {"depth": 4, "embed_dim": 32, "num_heads": 2, "img_size": 32, "patch_size": 8, "num_classes": 5}
+    teacher = timm.create_model("vit_tiny_patch16_224", **shape).eval()
+    student = build_student(teacher, range(4), {"proxy_dim": 8})
+    for parameter in student.parameters():
+        parameter.data.add_(0.05 * torch.randn_like(parameter))
+    if rank:
+        selection.measure = lambda *given: {key: -value for key, value in measure(*given).items()}
+    store = CheckpointStore(folder, {})
+    selector = Selector(teacher, Auto(count=2), make_accelerator("cpu"), store, Progress(quiet=True))
+    selector.run("fit", student, HeldOut(teacher, [torch.randn(6, 3, 32, 32)]))
+    (folder / str(rank)).write_text(json.dumps(store.notes["selection"]))
+
+
+if __name__ == "__main__":
+    choose_with_others(Path(sys.argv[1]), int(os.environ["RANK"]))
