@@ -50,9 +50,9 @@ def plan(
     student = build_student(vit, layers, mixer)
     height, width = vit.patch_embed.img_size
     before, after = cost(vit, height, width), cost(student, height, width)
-    trained: dict[int, tuple[str, Align | Recover]] = {1: ("align", recipe.align), 2: ("recover", recipe.recover)}
     # Until blocks are chosen, all are converted.
-    trainees = {"align": build_student(vit, range(depth), mixer) if auto else student, "recover": student}
+    aligned = build_student(vit, range(depth), mixer) if auto else student
+    trained = {1: ("align", recipe.align, aligned), 2: ("recover", recipe.recover, student)}
     return {
         "teacher": teacher,
         "recipe": recipe.name,
@@ -64,23 +64,19 @@ def plan(
         "macs": {"teacher": before.macs, "student": after.macs},
         "fit_images": recipe.fit.images if 0 in stages else 0,
         "fit_bytes": _fit_bytes(vit, recipe, after),
-        "stages": [
-            {
-                "stage": name,
-                "steps": spec.steps,
-                "images": spec.steps * spec.batch_size,
-                "bytes": _training_bytes(trainees[name], spec.batch_size),
-            }
-            for number, (name, spec) in trained.items()
-            if number in stages
-        ],
+        "stages": [_training(*what) for number, what in trained.items() if number in stages],
     }
 
 
-def _training_bytes(student: Gspn2Vit, batch_size: int) -> int:
-    """What autograd keeps of a batch, and all copies of the weights."""
+def _training(name: str, spec: Align | Recover, student: Gspn2Vit) -> dict[str, Any]:
+    """Steps of a stage, and its memory: what autograd keeps of a batch, and all copies of the weights."""
     per_image = training_bytes(student, *student.patch_embed.img_size)
-    return batch_size * per_image + COPIES_IN_TRAINING * FLOAT32 * count_parameters(student)
+    return {
+        "stage": name,
+        "steps": spec.steps,
+        "images": spec.steps * spec.batch_size,
+        "bytes": spec.batch_size * per_image + COPIES_IN_TRAINING * FLOAT32 * count_parameters(student),
+    }
 
 
 def _fit_bytes(vit: VisionTransformer, recipe: Recipe, size: Cost) -> int:
