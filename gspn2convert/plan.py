@@ -52,6 +52,7 @@ def plan(
     before, after = cost(vit, height, width), cost(student, height, width)
     # Until blocks are chosen, all are converted.
     aligned = build_student(vit, range(depth), mixer) if auto else student
+    trained: dict[int, tuple[str, Align | Recover, Gspn2Vit]]
     trained = {1: ("align", recipe.align, aligned), 2: ("recover", recipe.recover, student)}
     return {
         "teacher": teacher,
