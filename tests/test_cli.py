@@ -148,6 +148,8 @@ def test_distill_shows_the_blocks_that_were_chosen(place, run):
         blocks = str(one["layers"][0]) if one["layers"] else "none"
         figures = [blocks, f"{one['kl']:.4f}", f"{one['divergence']:.4f}", f"{100 * one['retention']:.2f}", "%"]
         assert row == ["fit:", *one["set"].split(), *figures]
+    layers = json.loads(run("describe {}/auto --json").stdout)["layers"]
+    assert [layer["error"] is None for layer in layers] == [layer["layer"] in found["kept"] for layer in layers]
     assert "1 of 2 blocks keep attention, chosen automatically" in run(f"{line} --dry-run").stdout
 
 
