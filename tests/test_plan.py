@@ -106,6 +106,18 @@ def test_the_recipe_says_which_blocks_are_kept(default):
     assert (found["teacher"], found["recipe"]) == ("demo", "demo")
 
 
+def test_blocks_to_be_chosen_cost_what_the_last_ones_cost(default):
+    chosen, last, none = (plan("vit_tiny", default, keep=keep) for keep in ("auto:2", "last:2", "none"))
+    assert (last["automatic"], chosen["automatic"]) == (None, {"count": 2, "budget": None})
+    for key in ("macs", "parameters", "kept_layers"):
+        assert chosen[key] == last[key]
+    # Stage 1 has all blocks to train, stage 2 those that are left.
+    assert chosen["stages"] == [none["stages"][0], last["stages"][1]]
+    assert none["stages"][0] != last["stages"][0]
+    budget = plan("vit_tiny", default, keep="auto:budget=0.9")
+    assert budget == {**none, "automatic": {"count": None, "budget": 0.9}}
+
+
 @pytest.mark.parametrize(
     ("teacher", "options", "message"),
     [
