@@ -33,6 +33,7 @@ from gspn2convert.train import train_stage
 from gspn2convert.views import generator
 from gspn2convert.vit import data_config
 
+CURRICULUM = "curriculum-"  # a size's name begins so
 _STAGE_SEEDS = {"align": 0, "recover": 1}
 
 MakeObjective = Callable[[Gspn2Vit, VisionTransformer], Objective]
@@ -92,6 +93,8 @@ class Conversion:
     ) -> None:
         self.teacher, self.recipe, self.images, self.test, self.given = teacher, recipe, images, test, given
         self.options, self.accelerator, self.store, self.progress = options, accelerator, store, progress
+        # Half of the memory traffic, and no weights to cast at every step; what is measured is measured in float32.
+        self.taught = copy.deepcopy(teacher).bfloat16() if options.precision == "bf16" else teacher
         self.train, self.unseen = split_held_out(len(images), recipe.held_out, recipe.seed)
         self._see(recipe.size)
         self.labelled = class_of_label(teacher, test.label_names) is not None
@@ -108,6 +111,8 @@ class Conversion:
         if student is None:
             student = build_student(self.teacher, layers, self.recipe.mixer.resolve(self.teacher.embed_dim))
         if self.store.stage:
+            if self.store.stage.startswith(CURRICULUM):
+                student.set_input_size(_side(self.store.stage))
             student.load_state_dict(self.store.part("student."))
         if "fit" not in self.store.finished:
             student = self._fit(known) if self.given is None else self._take(self.given)
@@ -200,11 +205,12 @@ class Conversion:
         """Stage 3: one size after the other; the student stays at the last."""
         spec, before = self.recipe.curriculum, self.supply.data_config["input_size"][1:]
         for number, size in enumerate(spec.sizes if spec.steps else ()):
+            name = f"{CURRICULUM}{size}"
             self._see(size)
-            make = functools.partial(self._curriculum_stage, before)
-            self._train(f"curriculum-{size}", spec.at(number), make, student)
-            before = (size, size)
-            student.set_input_size(before)
+            if name not in self.store.finished:
+                student.set_input_size(_side(name))
+            self._train(name, spec.at(number), functools.partial(self._curriculum_stage, before), student)
+            before = _side(name)
 
     def _see(self, size: int) -> None:
         """Take images of this size from here on; 0 is the teacher's own."""
@@ -224,7 +230,7 @@ class Conversion:
         if name not in self.store.finished:
             train_stage(
                 name,
-                objective(student, self.teacher),
+                objective(student, self.taught),
                 spec,
                 lambda first_step: self.supply.training(spec, _stage_seed(self.recipe.seed, name), first_step),
                 accelerator=self.accelerator,
@@ -236,12 +242,12 @@ class Conversion:
         self._score(name, student)
 
     def _recover_stage(self, student: Gspn2Vit, teacher: VisionTransformer) -> RecoverStage:
-        statistics = channel_statistics(teacher, self.held_out.images)
+        statistics = channel_statistics(self.teacher, self.held_out.images)
         return RecoverStage(student, teacher, self.recipe.recover.losses, statistics)
 
     def _curriculum_stage(self, before: tuple[int, int], student: Gspn2Vit, teacher: VisionTransformer) -> RecoverStage:
         """Recovery at a size, taught by the teacher or by a guide at the size before."""
-        spec, statistics = self.recipe.curriculum, channel_statistics(teacher, self.held_out.images)
+        spec, statistics = self.recipe.curriculum, channel_statistics(self.teacher, self.held_out.images)
         if spec.target == "teacher":
             return RecoverStage(student, teacher, spec.losses, statistics)
         guide = teacher if spec.target == "reduced" else copy.deepcopy(student)
@@ -261,6 +267,12 @@ class Conversion:
             return None
         figures = evaluate(model, None, self.test, device=self.accelerator.device, workers=self.options.workers)
         return float(figures["top1"])
+
+
+def _side(name: str) -> tuple[int, int]:
+    """Height and width of a size of stage 3, from its name."""
+    size = int(name.removeprefix(CURRICULUM))
+    return size, size
 
 
 def _stage_seed(seed: int, name: str) -> int:

@@ -101,7 +101,7 @@ def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", type=Path, required=True, help="folder that is searched for pictures")
     parser.add_argument("--output", type=Path, required=True, help="folder to make")
-    parser.add_argument("--size", type=int, default=448, help="side of the crops [%(default)s]")
+    parser.add_argument("--size", type=int, default=640, help="side of the crops [%(default)s]")
     parser.add_argument("--crops", type=int, default=64, help="crops of a picture to train on [%(default)s]")
     parser.add_argument("--test-crops", type=int, default=24, help="crops of a test picture [%(default)s]")
     parser.add_argument("--fashion", type=Path, help="folder of Fashion-MNIST's four .gz files")
