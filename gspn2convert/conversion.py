@@ -22,15 +22,18 @@ from gspn2convert.environment import environment
 from gspn2convert.evaluate import class_of_label, evaluate
 from gspn2convert.held_out import HeldOut
 from gspn2convert.interrupt import Interrupted, StopWish
-from gspn2convert.model import Gspn2Vit, build_student
+from gspn2convert.keep import Auto
+from gspn2convert.model import Gspn2Vit, GspnBlock, build_student
 from gspn2convert.progress import Progress
 from gspn2convert.recipe import Align, Recipe, Recover
+from gspn2convert.selection import STAGE, Selector, build_hybrid
 from gspn2convert.stage import AlignStage, Objective, RecoverStage, channel_statistics
 from gspn2convert.supply import Supply
 from gspn2convert.train import train_stage
 from gspn2convert.views import generator
 from gspn2convert.vit import data_config
 
+CURRICULUM = "curriculum-"  # a size's name begins so
 _STAGE_SEEDS = {"align": 0, "recover": 1}
 
 MakeObjective = Callable[[Gspn2Vit, VisionTransformer], Objective]
@@ -90,39 +93,54 @@ class Conversion:
     ) -> None:
         self.teacher, self.recipe, self.images, self.test, self.given = teacher, recipe, images, test, given
         self.options, self.accelerator, self.store, self.progress = options, accelerator, store, progress
+        # Half of the memory traffic, and no weights to cast at every step; what is measured is measured in float32.
+        self.taught = copy.deepcopy(teacher).bfloat16() if options.precision == "bf16" else teacher
         self.train, self.unseen = split_held_out(len(images), recipe.held_out, recipe.seed)
         self._see(recipe.size)
         self.labelled = class_of_label(teacher, test.label_names) is not None
 
-    def stages(self, keep: Sequence[int]) -> Gspn2Vit:
-        """Run what the checkpoint does not hold yet; the student that comes out."""
-        layers = [i for i in range(len(self.teacher.blocks)) if i not in keep]
+    def stages(self, keep: Sequence[int] | Auto) -> Gspn2Vit:
+        """Run what the checkpoint does not hold yet; the student that comes out.
+
+        With `Auto`, stages 0 and 1 convert all blocks; which of them keep attention is settled before stage 2.
+        """
+        auto = keep if isinstance(keep, Auto) else None
+        known = self._known(keep)
+        layers = [i for i in range(len(self.teacher.blocks)) if i not in known]
         student = self.given
         if student is None:
             student = build_student(self.teacher, layers, self.recipe.mixer.resolve(self.teacher.embed_dim))
         if self.store.stage:
+            if self.store.stage.startswith(CURRICULUM):
+                student.set_input_size(_side(self.store.stage))
             student.load_state_dict(self.store.part("student."))
         if "fit" not in self.store.finished:
-            student = self._fit(keep) if self.given is None else self._take(self.given)
+            student = self._fit(known) if self.given is None else self._take(self.given)
         self._score("fit", student)
         if 1 in self.options.stages and self.recipe.align.steps:
+            if auto and "align" not in self.store.finished:
+                self._selector(auto).run("fit", student, self.held_out)
             self._train("align", self.recipe.align, AlignStage, student)
+        if auto:
+            student = self._settle(auto, student)
         if 2 in self.options.stages and self.recipe.recover.steps:
             self._train("recover", self.recipe.recover, self._recover_stage, student)
         if 3 in self.options.stages:
             self._climb(student)
         return student
 
-    def metrics(self, student: Gspn2Vit, teacher_name: str, keep: Sequence[int]) -> dict[str, Any]:
+    def metrics(self, student: Gspn2Vit, teacher_name: str) -> dict[str, Any]:
         """Everything measured, for metrics.json."""
         layers = self.store.notes["layers"]
+        chosen = {"selection": self.store.notes["selection"]} if "selection" in self.store.notes else {}
         return {
             "teacher": _public(teacher_name),
             "recipe": self.recipe.name,
             "data": _public(self.images.name),
             "seed": self.recipe.seed,
             "stages_run": [stage for stage in self.options.stages if stage < 3 or self.recipe.curriculum.sizes],
-            "kept_layers": list(keep),
+            "kept_layers": [i for i, block in enumerate(student.blocks) if not isinstance(block, GspnBlock)],
+            **chosen,
             "parameters": {"teacher": count_parameters(self.teacher), "student": count_parameters(student)},
             "teacher_top1": self._top1(self.teacher),
             "fit_error": sum(layer["errors"][layer["method"]] for layer in layers) / len(layers) if layers else None,
@@ -163,15 +181,36 @@ class Conversion:
         self.store.finish("fit", 0, student)
         return student
 
+    def _known(self, keep: Sequence[int] | Auto) -> Sequence[int]:
+        """Blocks that have their attention now: with `Auto`, those that are settled already."""
+        if not isinstance(keep, Auto):
+            return keep
+        kept: Sequence[int] = self.store.notes["selection"]["kept"] if STAGE in self.store.finished else ()
+        return kept
+
+    def _settle(self, auto: Auto, student: Gspn2Vit) -> Gspn2Vit:
+        """Choose on the student as it is now, and give the chosen blocks their attention back."""
+        if STAGE not in self.store.finished:
+            kept = self._selector(auto).run(self.store.finished[-1], student, self.held_out)
+            mixer = self.recipe.mixer.resolve(self.teacher.embed_dim)
+            student = build_hybrid(student, self.teacher, kept, mixer)
+            self.store.finish(STAGE, 0, student)
+        self._score(STAGE, student)
+        return student
+
+    def _selector(self, auto: Auto) -> Selector:
+        return Selector(self.teacher, auto, self.accelerator, self.store, self.progress)
+
     def _climb(self, student: Gspn2Vit) -> None:
         """Stage 3: one size after the other; the student stays at the last."""
         spec, before = self.recipe.curriculum, self.supply.data_config["input_size"][1:]
         for number, size in enumerate(spec.sizes if spec.steps else ()):
+            name = f"{CURRICULUM}{size}"
             self._see(size)
-            make = functools.partial(self._curriculum_stage, before)
-            self._train(f"curriculum-{size}", spec.at(number), make, student)
-            before = (size, size)
-            student.set_input_size(before)
+            if name not in self.store.finished:
+                student.set_input_size(_side(name))
+            self._train(name, spec.at(number), functools.partial(self._curriculum_stage, before), student)
+            before = _side(name)
 
     def _see(self, size: int) -> None:
         """Take images of this size from here on; 0 is the teacher's own."""
@@ -191,7 +230,7 @@ class Conversion:
         if name not in self.store.finished:
             train_stage(
                 name,
-                objective(student, self.teacher),
+                objective(student, self.taught),
                 spec,
                 lambda first_step: self.supply.training(spec, _stage_seed(self.recipe.seed, name), first_step),
                 accelerator=self.accelerator,
@@ -203,12 +242,12 @@ class Conversion:
         self._score(name, student)
 
     def _recover_stage(self, student: Gspn2Vit, teacher: VisionTransformer) -> RecoverStage:
-        statistics = channel_statistics(teacher, self.held_out.images)
+        statistics = channel_statistics(self.teacher, self.held_out.images)
         return RecoverStage(student, teacher, self.recipe.recover.losses, statistics)
 
     def _curriculum_stage(self, before: tuple[int, int], student: Gspn2Vit, teacher: VisionTransformer) -> RecoverStage:
         """Recovery at a size, taught by the teacher or by a guide at the size before."""
-        spec, statistics = self.recipe.curriculum, channel_statistics(teacher, self.held_out.images)
+        spec, statistics = self.recipe.curriculum, channel_statistics(self.teacher, self.held_out.images)
         if spec.target == "teacher":
             return RecoverStage(student, teacher, spec.losses, statistics)
         guide = teacher if spec.target == "reduced" else copy.deepcopy(student)
@@ -228,6 +267,12 @@ class Conversion:
             return None
         figures = evaluate(model, None, self.test, device=self.accelerator.device, workers=self.options.workers)
         return float(figures["top1"])
+
+
+def _side(name: str) -> tuple[int, int]:
+    """Height and width of a size of stage 3, from its name."""
+    size = int(name.removeprefix(CURRICULUM))
+    return size, size
 
 
 def _stage_seed(seed: int, name: str) -> int:

@@ -17,9 +17,10 @@ from gspn2convert.conversion import Conversion, Options
 from gspn2convert.curriculum import check_sizes
 from gspn2convert.data import ImageSet, open_images
 from gspn2convert.errors import UserError
+from gspn2convert.keep import Auto, read_keep
 from gspn2convert.model import Gspn2Vit, GspnBlock
 from gspn2convert.progress import Progress
-from gspn2convert.recipe import Recipe, dump_recipe, parse_keep
+from gspn2convert.recipe import Recipe, dump_recipe
 from gspn2convert.teachers import load_teacher
 from gspn2convert.train import make_accelerator
 
@@ -57,7 +58,7 @@ def distill(
     check_output_folder(options.output, options.resume)
     vit = load_teacher(teacher, weights=teacher_weights, img_size=img_size)
     given = None if student is None else _load_given(student, vit, keep)
-    kept = parse_keep(recipe.keep if keep is None else keep, len(vit.blocks))
+    kept = read_keep(recipe.keep if keep is None else keep, len(vit.blocks))
     channels = vit.patch_embed.proj.in_channels
     images, test = (open_images(data, split, in_chans=channels) for split in ("train", "test"))
     return distill_student(vit, recipe, images, test, options, teacher_name=teacher, keep=kept, given=given)
@@ -71,7 +72,7 @@ def distill_student(
     options: Options,
     *,
     teacher_name: str,
-    keep: Sequence[int] = (),
+    keep: Sequence[int] | Auto = (),
     given: Gspn2Vit | None = None,
 ) -> dict[str, Any]:
     """Convert a teacher: fit, train, save.
@@ -83,7 +84,7 @@ def distill_student(
         test: images whose top-1 is reported after each stage, where their labels are the teacher's classes.
         options: where and how.
         teacher_name: what the output folder calls the teacher.
-        keep: blocks that keep attention; those of `given` where there is one.
+        keep: blocks that keep attention, or how to choose them; those of `given` where there is one.
         given: student of this teacher to go on from, in place of stage 0; it is changed.
 
     Returns:
@@ -95,12 +96,15 @@ def distill_student(
     """
     if given is not None:
         keep = [i for i, block in enumerate(given.blocks) if not isinstance(block, GspnBlock)]
-    if len(keep) == len(teacher.blocks):
+    if isinstance(keep, Auto):
+        keep.check(len(teacher.blocks))
+    elif len(keep) == len(teacher.blocks):
         raise UserError("every block keeps attention, so there is nothing to convert; keep fewer with --keep")
     check_output_folder(options.output, options.resume)
     check_sizes(teacher, recipe, options.stages)
     accelerator = make_accelerator(options.device, options.precision)
-    what = {"teacher": teacher_name, "data": images.name, "keep": ",".join(map(str, keep))}
+    blocks = str(keep) if isinstance(keep, Auto) else ",".join(map(str, keep))
+    what = {"teacher": teacher_name, "data": images.name, "keep": blocks}
     identity = what | _identity(teacher, recipe, options, given)
     store = CheckpointStore(options.output, identity, main=accelerator.is_main_process)
     if options.resume and not store.load() and (done := _finished(options.output)):
@@ -110,7 +114,7 @@ def distill_student(
         there = teacher.to(accelerator.device)
         run = Conversion(there, recipe, images, test, options, accelerator, store, progress, given)
         student = run.stages(keep)
-    metrics = run.metrics(student, teacher_name, keep)
+    metrics = run.metrics(student, teacher_name)
     if accelerator.is_main_process:
         save_student(student, options.output, recipe_text=dump_recipe(recipe), metrics=metrics, teacher=teacher_name)
         store.path.unlink(missing_ok=True)

@@ -142,6 +142,8 @@ def evaluate(
     _check_images(images, [one for one in wanted.values() if one is not None])
     models = {"student": student} if teacher is None else {"student": student, "teacher": teacher}
     where = torch.device(device)
+    if where.type == "cpu":  # a run of several processes names it "cpu:0", which is another place to torch
+        where = torch.device("cpu")
     run = _Run(models=models, device=where, precision=precision, batch_size=batch_size, workers=workers)
     seen, labels = {name: _Seen(model) for name, model in models.items()}, []
     cosines = TokenCosines(num_prefix(student))

@@ -5,6 +5,7 @@ Shapes: B batch, N = P + M tokens, P prefix tokens, C channels, L classes.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 
 import torch
@@ -12,6 +13,7 @@ from timm.models import VisionTransformer
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
+from gspn2convert.losses import kl
 from gspn2convert.vit import final_tokens, has_head, num_prefix
 
 
@@ -30,34 +32,57 @@ class HeldOut:
         self.images = [batch.to(device) for batch in batches]
         with torch.no_grad():
             self.tokens = [final_tokens(teacher, batch) for batch in self.images]
-            self.guesses = [self._guess(teacher, tokens) for tokens in self.tokens]
+            self.logits = [self._logits(teacher, tokens) for tokens in self.tokens]
+
+    def sample(self, count: int) -> HeldOut:
+        """At most `count` of the images, from all over the set, which a folder sorts by class."""
+        total = sum(map(len, self.images))
+        if count >= total:
+            return self
+        chosen, first, part = {i * total // count for i in range(count)}, 0, copy.copy(self)
+        part.images, part.tokens, part.logits = [], [], []
+        for images, tokens, logits in zip(self.images, self.tokens, self.logits, strict=True):
+            some = [i for i in range(len(images)) if first + i in chosen]
+            first += len(images)
+            if some:
+                part.images.append(images[some])
+                part.tokens.append(tokens[some])
+                part.logits.append(logits[some])
+        return part
 
     @torch.no_grad()
-    def compare(self, student: VisionTransformer) -> dict[str, float]:
+    def compare(self, student: VisionTransformer, *, with_kl: bool = False) -> dict[str, float]:
         """Compare a student in its present state, in eval mode.
+
+        Args:
+            student: of the teacher's architecture, on its device.
+            with_kl: with a head, tell KL(teacher || student) of the logits as well.
 
         Returns:
             `patch_cosine` and, with prefix tokens, `prefix_cosine`: means over final tokens; `cosine`, the mean of
-            these; `agreement` of the first guesses, 0..1, with a head.
+            these; `agreement` of the first guesses, 0..1, with a head; `kl` where it is asked for.
         """
         training = student.training
         student.eval()
-        sums, count, same = {"prefix_cosine": 0.0, "patch_cosine": 0.0}, 0, 0
-        for images, target, guess in zip(self.images, self.tokens, self.guesses, strict=True):
+        sums, count, same, divergence = {"prefix_cosine": 0.0, "patch_cosine": 0.0}, 0, 0, 0.0
+        for images, target, theirs in zip(self.images, self.tokens, self.logits, strict=True):
             tokens = final_tokens(student, images)
             cosines = cosine_similarity(tokens.float(), target.float(), dim=-1).double()
             sums["patch_cosine"] += float(cosines[:, self.prefix :].mean(1).sum())
             if self.prefix:
                 sums["prefix_cosine"] += float(cosines[:, : self.prefix].mean(1).sum())
-            same += int((self._guess(student, tokens) == guess).sum()) if self.with_logits else 0
+            if self.with_logits:
+                ours = self._logits(student, tokens)
+                same += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
+                divergence += float(kl(ours, theirs, 1.0)) * len(images) if with_kl else 0.0
             count += len(images)
         student.train(training)
         scores = {name: total / count for name, total in sums.items() if self.prefix or name == "patch_cosine"}
         scores["cosine"] = sum(scores.values()) / len(scores)
-        return scores | ({"agreement": same / count} if self.with_logits else {})
+        if self.with_logits:
+            scores |= {"agreement": same / count} | ({"kl": divergence / count} if with_kl else {})
+        return scores
 
-    def _guess(self, model: VisionTransformer, tokens: Tensor) -> Tensor:
-        """First guess of each image, (B,); without a head there is none to make."""
-        if not self.with_logits:
-            return tokens.new_zeros(len(tokens), dtype=torch.long)
-        return model.forward_head(tokens).argmax(-1)
+    def _logits(self, model: VisionTransformer, tokens: Tensor) -> Tensor:
+        """Logits (B, L) of final tokens; without a head there are none, L = 0."""
+        return model.forward_head(tokens) if self.with_logits else tokens.new_zeros(len(tokens), 0)

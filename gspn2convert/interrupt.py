@@ -19,8 +19,9 @@ class Interrupted(Exception):
     """
 
     def __init__(self, stage: str, step: int, steps: int) -> None:
-        # The closed-form fit holds sums over all images: it is quick to repeat, and too large to save.
-        again = "resume to begin this stage again" if stage == "fit" else "resume to go on"
+        # The closed-form fit holds sums over all images: it is quick to repeat, and too large to save. Quick is
+        # the choice of the blocks that keep attention, too.
+        again = "resume to begin this stage again" if stage in ("fit", "select") else "resume to go on"
         super().__init__(f"stopped in stage {stage} after {step} of {steps}; {again}")
         self.stage, self.step, self.steps = stage, step, steps
 

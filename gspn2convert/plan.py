@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from timm.models import VisionTransformer
 
-from gspn2convert.cost import Cost, cost, training_bytes
+from gspn2convert.cost import Cost, cost, count_parameters, training_bytes
 from gspn2convert.curriculum import check_sizes
-from gspn2convert.model import build_student
-from gspn2convert.recipe import Align, Recipe, Recover, parse_keep
+from gspn2convert.keep import Auto, read_keep
+from gspn2convert.model import Gspn2Vit, build_student
+from gspn2convert.recipe import Align, Recipe, Recover
 from gspn2convert.teachers import load_teacher
 
 FLOAT32, FLOAT64 = 4, 8
@@ -37,33 +39,35 @@ def plan(
 
     Returns:
         Layers, parameters and MACs of teacher and student for one image of the size that stages 0 to 2 see, memory in
-        bytes beyond the two models (fp32, one process), and steps; stage 3 has a row for each of its sizes.
+        bytes beyond the two models (fp32, one process), and steps; stage 3 has a row for each of its sizes. Where
+        blocks are chosen in the course of the conversion, "automatic" says how many; the figures are then those of
+        keeping the last ones, which cost the same, or none for a budget.
     """
     vit = load_teacher(teacher, img_size=img_size, pretrained=False)
     check_sizes(vit, recipe, stages)
-    kept = parse_keep(recipe.keep if keep is None else keep, len(vit.blocks))
-    layers = [i for i in range(len(vit.blocks)) if i not in kept]
-    student = build_student(vit, layers, recipe.mixer.resolve(vit.embed_dim))
+    depth, mixer = len(vit.blocks), recipe.mixer.resolve(vit.embed_dim)
+    wanted = read_keep(recipe.keep if keep is None else keep, depth)
+    auto = wanted if isinstance(wanted, Auto) else None
+    kept = range(depth - (wanted.count or 0), depth) if isinstance(wanted, Auto) else wanted
+    layers = [i for i in range(depth) if i not in kept]
+    student = build_student(vit, layers, mixer)
     height, width = (recipe.size, recipe.size) if recipe.size else vit.patch_embed.img_size
     before, after = cost(vit, height, width), cost(student, height, width)
+    # Until blocks are chosen, all are converted.
+    aligned = build_student(vit, range(depth), mixer) if auto else student
     return {
         "teacher": teacher,
         "recipe": recipe.name,
         "image_size": [height, width],
         "converted_layers": layers,
         "kept_layers": list(kept),
+        "automatic": asdict(auto) if auto else None,
         "parameters": {"teacher": before.parameters, "student": after.parameters},
         "macs": {"teacher": before.macs, "student": after.macs},
         "fit_images": recipe.fit.images if 0 in stages else 0,
         "fit_bytes": _fit_bytes(vit, recipe, after),
         "stages": [
-            {
-                "stage": name,
-                "steps": spec.steps,
-                "images": spec.steps * spec.batch_size,
-                "bytes": spec.batch_size * training_bytes(student, *size)
-                + COPIES_IN_TRAINING * FLOAT32 * after.parameters,
-            }
+            _training(name, spec, aligned if name == "align" else student, size)
             for name, spec, size in _trained(recipe, stages, (height, width))
         ],
     }
@@ -79,6 +83,17 @@ def _trained(
         yield "recover", recipe.recover, size
     for number, side in enumerate(recipe.curriculum.sizes if 3 in stages else ()):
         yield f"curriculum-{side}", recipe.curriculum.at(number), (side, side)
+
+
+def _training(name: str, spec: Align | Recover, student: Gspn2Vit, size: tuple[int, int]) -> dict[str, Any]:
+    """Steps of a stage, and its memory: what autograd keeps of a batch, and all copies of the weights."""
+    per_image = training_bytes(student, *size)
+    return {
+        "stage": name,
+        "steps": spec.steps,
+        "images": spec.steps * spec.batch_size,
+        "bytes": spec.batch_size * per_image + COPIES_IN_TRAINING * FLOAT32 * count_parameters(student),
+    }
 
 
 def _fit_bytes(vit: VisionTransformer, recipe: Recipe, size: Cost) -> int:

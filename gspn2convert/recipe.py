@@ -11,7 +11,6 @@ from typing import ClassVar, Literal
 import yaml
 
 from gspn2convert.errors import RecipeError
-from gspn2convert.keep import parse_keep
 from gspn2convert.recipe_parser import Part, parse, read_yaml, show, suggest
 from gspn2convert.recipe_values import (
     BelowOne,
@@ -39,7 +38,6 @@ __all__ = [
     "RecoverLosses",
     "dump_recipe",
     "load_recipe",
-    "parse_keep",
     "parse_recipe",
     "recipe_names",
     "recipe_text",

@@ -21,6 +21,7 @@ LAYERS = (
     {"commands"},
     {"distill", "export", "bench", "doctor", "plan", "infer"},
     {"conversion"},
+    {"selection"},
     {"evaluate", "held_out"},
     {"stage", "train"},
     {"convert"},

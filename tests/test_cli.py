@@ -136,6 +136,23 @@ def test_distill_shows_a_table(place, run):
     assert row.split()[2] == f"{metrics['stages'][0]['patch_cosine']:.4f}"
 
 
+def test_distill_shows_the_blocks_that_were_chosen(place, run):
+    line = "distill --teacher {}/teacher --data {}/data --recipe {}/tiny.yaml --output {}/auto --stages 0 --keep auto:1"
+    result = run(line)
+    assert result.exit_code == 0, result.output
+    found = json.loads((place / "auto" / "metrics.json").read_text())["selection"]
+    shown = result.stdout.splitlines()
+    start = shown.index(f"blocks that keep attention (auto:1), chosen by KL of the logits: {found['kept'][0]}")
+    rows = [row.split() for row in shown[start + 2 : start + 6]]
+    for one, row in zip(found["passes"][0]["sets"], rows, strict=True):
+        blocks = str(one["layers"][0]) if one["layers"] else "none"
+        figures = [blocks, f"{one['kl']:.4f}", f"{one['divergence']:.4f}", f"{100 * one['retention']:.2f}", "%"]
+        assert row == ["fit:", *one["set"].split(), *figures]
+    layers = json.loads(run("describe {}/auto --json").stdout)["layers"]
+    assert [layer["error"] is None for layer in layers] == [layer["layer"] in found["kept"] for layer in layers]
+    assert "1 of 2 blocks keep attention, chosen automatically" in run(f"{line} --dry-run").stdout
+
+
 def test_dry_run_plans_and_writes_nothing(tmp_path, run):
     line = f"distill --teacher {{}}/teacher --recipe {{}}/tiny.yaml --output {tmp_path}/out --dry-run"
     plan = json.loads(run(f"{line} --json").stdout)["plan"]
@@ -316,6 +333,9 @@ DISTILL = "distill --teacher {}/teacher --data {}/data --recipe {}/tiny.yaml --o
         (DISTILL + "--stages 0,4", "expected some of 0 (fit), 1 (align), 2 (recover), 3 (curriculum)"),
         (DISTILL + "--keep 0,7", "the teacher has 2 blocks"),
         (DISTILL + "--keep 0,1", "keeps all 2 blocks"),
+        (DISTILL + "--keep auto:0", "expected 'none', block numbers"),
+        (DISTILL + "--keep auto:2", "keep 'auto:2': expected 1 to 1, for the teacher has 2 blocks"),
+        (DISTILL + "--keep auto:budget=1.5", "expected a budget above 0 and below 1, such as 0.98"),
         (DISTILL + "--img-size 33", "no multiple of the patch 8x8"),
         (DISTILL + "--teacher vit_tinny", "did you mean vit_tiny"),
         (DISTILL + "--teacher resnet18", "not a plain timm VisionTransformer"),

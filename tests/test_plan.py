@@ -91,16 +91,17 @@ def test_the_fit_of_a_vit_b_needs_less_than_4_gb(default):
 
 def test_each_size_of_the_curriculum_is_planned_at_that_size():
     hires = load_recipe("hires")
-    hires = replace(hires, size=96, curriculum=replace(hires.curriculum, sizes=(128, 160)))
+    curriculum = replace(hires.curriculum, sizes=(128, 160), steps=600, batch_size=96)
+    hires = replace(hires, size=96, curriculum=curriculum)
     found = plan("vit_tiny", hires)
     student = build_student(load_teacher("vit_tiny", pretrained=False), range(DEPTH), hires.mixer.resolve(C))
     after = cost(student, 96, 96)
     assert found["image_size"] == [96, 96]
     assert found["macs"]["student"] == after.macs
-    assert found["fit_bytes"] == (3072 + 256) * 37 * C * 4 + 3 * (6 * C + 1) ** 2 * 8
+    assert found["fit_bytes"] == (hires.fit.images + hires.fit.held_out) * 37 * C * 4 + 3 * (6 * C + 1) ** 2 * 8
     rows = {
-        "align": (1500, 128, 96),
-        "recover": (4000, 256, 96),
+        "align": (hires.align.steps, hires.align.batch_size, 96),
+        "recover": (hires.recover.steps, hires.recover.batch_size, 96),
         "curriculum-128": (600, 96, 128),
         "curriculum-160": (600, 56, 160),  # 96 * 0.64 = 61.4, and a multiple of 8
     }
@@ -122,7 +123,13 @@ def test_each_size_of_the_curriculum_is_planned_at_that_size():
     [
         ("demo", "demo", None, 50, []),
         ("dinov2_small_photos", "dinov2_small", 224, 257, []),
-        ("hires", "dinov2_small", None, 257, [336, 518]),  # published for 518 px, and converted at 224
+        (
+            "hires",
+            "dinov2_small",
+            None,
+            257,
+            list(load_recipe("hires").curriculum.sizes),
+        ),  # published for 518 px, and converted at 224
         ("paper", "vit_tiny", None, 197, []),
     ],
 )
@@ -171,6 +178,18 @@ def test_the_recipe_says_which_blocks_are_kept(default):
     assert (found["teacher"], found["recipe"]) == ("demo", "demo")
 
 
+def test_blocks_to_be_chosen_cost_what_the_last_ones_cost(default):
+    chosen, last, none = (plan("vit_tiny", default, keep=keep) for keep in ("auto:2", "last:2", "none"))
+    assert (last["automatic"], chosen["automatic"]) == (None, {"count": 2, "budget": None})
+    for key in ("macs", "parameters", "kept_layers"):
+        assert chosen[key] == last[key]
+    # Stage 1 has all blocks to train, stage 2 those that are left.
+    assert chosen["stages"] == [none["stages"][0], last["stages"][1]]
+    assert none["stages"][0] != last["stages"][0]
+    budget = plan("vit_tiny", default, keep="auto:budget=0.9")
+    assert budget == {**none, "automatic": {"count": None, "budget": 0.9}}
+
+
 @pytest.mark.parametrize(
     ("teacher", "options", "message"),
     [
@@ -192,6 +211,7 @@ def test_a_dry_run_shows_each_size(run_cli):
     shown = run_cli("distill", "--teacher", "dinov2_small", "--recipe", "hires", "--dry-run")
     assert shown.exit_code == 0, shown.output
     rows = {words[0]: words[1:3] for line in shown.stdout.splitlines() if (words := line.split())}
-    # 96 images at the first size, and as many tokens at the second.
-    assert rows["curriculum-336"] == ["600", "57,600"]
-    assert rows["curriculum-518"] == ["600", "24,000"]
+    curriculum = load_recipe("hires").curriculum
+    for number, size in enumerate(curriculum.sizes):
+        spec = curriculum.at(number)
+        assert rows[f"curriculum-{size}"] == [f"{spec.steps:,}", f"{spec.steps * spec.batch_size:,}"]

@@ -51,7 +51,9 @@ def command(model: str, size: options.Size | None) -> dict[str, Any]:
     vit = load(folder) if converted else load_teacher(model, pretrained=False)
     counted = cost(vit, *(size or vit.patch_embed.img_size))
     fitted = metrics_of(folder).get("layers", []) if converted else []
-    errors = {layer["layer"]: layer["errors"][layer["method"]] for layer in fitted}
     figures = plain(counted)
+    # A block that was fitted and then got its attention back has no error any longer.
+    mixers = {site["layer"] for site in figures["sites"] if site["kind"] == "gspn2"}
+    errors = {layer["layer"]: layer["errors"][layer["method"]] for layer in fitted if layer["layer"] in mixers}
     layers = [site | {"error": errors.get(site["layer"])} for site in figures.pop("sites")]
     return {"model": model, "kind": "converted" if converted else "teacher", "cost": figures, "layers": layers}

@@ -1,5 +1,6 @@
 """`gspn2convert distill`: the conversion itself."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,9 +34,8 @@ def _show(document: Document, console: "Console") -> None:
 
 def _show_plan(plan: Document, console: "Console") -> None:
     height, width = plan["image_size"]
-    layers = {key: ", ".join(map(str, plan[f"{key}_layers"])) or "none" for key in ("converted", "kept")}
     console.print(f"{plan['teacher']} at {height}x{width} px by recipe {plan['recipe']}")
-    console.print(f"blocks to convert: {layers['converted']}; blocks that keep attention: {layers['kept']}")
+    console.print(_blocks_of(plan))
     rows = [
         ("parameters", *(f"{plan['parameters'][name]:,}" for name in ("teacher", "student"))),
         ("M MACs for one image", *(millions(plan["macs"][name]) for name in ("teacher", "student"))),
@@ -48,8 +48,27 @@ def _show_plan(plan: Document, console: "Console") -> None:
     console.print("Nothing was downloaded or written.")
 
 
+def _blocks_of(plan: Document) -> str:
+    """Which blocks a plan converts, in words."""
+    if plan["automatic"] is None:
+        converted, kept = (_join(plan[f"{key}_layers"]) for key in ("converted", "kept"))
+        return f"blocks to convert: {converted}; blocks that keep attention: {kept}"
+    depth = len(plan["converted_layers"]) + len(plan["kept_layers"])
+    if plan["automatic"]["budget"] is None:
+        count = plan["automatic"]["count"]
+        return f"{count} of {depth} blocks keep attention, chosen automatically; figures are for the last {count}"
+    budget = plan["automatic"]["budget"]
+    return f"as few of {depth} blocks as retain {budget} keep attention, chosen automatically; figures are for none"
+
+
+def _join(blocks: Sequence[int]) -> str:
+    return ", ".join(map(str, blocks)) or "none"
+
+
 def _show_result(document: Document, console: "Console") -> None:
     _show_stages(document, console)
+    if "selection" in document:
+        _show_selection(document["selection"], console)
     out = document["output"]
     top1 = document["teacher_top1"]
     teacher = "" if top1 is None else f"; the teacher's top-1 is {percent(top1)}"
@@ -73,6 +92,27 @@ def _show_stages(document: Document, console: "Console") -> None:
     show_table(console, ("after stage", "seconds", *known.values()), rows)
 
 
+def _show_selection(selection: Document, console: "Console") -> None:
+    """Print the chosen blocks beside what one would keep without looking, so that one sees whether choosing paid."""
+    with_kl = selection["passes"][0]["ranked_by"] == "kl"
+    console.print(
+        f"blocks that keep attention ({selection['keep']}), chosen by {'KL of the logits' if with_kl else 'cosine'}: "
+        f"{_join(selection['kept'])}"
+    )
+    keys = {"kl": "KL", "divergence": "1 - cosine"} if with_kl else {"divergence": "1 - cosine"}
+    rows = [
+        (
+            f"{each['after']}: {one['set']}",
+            _join(one["layers"]),
+            *(f"{one[key]:.4f}" for key in keys),
+            percent(one["retention"]),
+        )
+        for each in selection["passes"]
+        for one in each["sets"]
+    ]
+    show_table(console, ("after stage: set", "blocks", *keys.values(), "retention"), rows)
+
+
 @click.command("distill", cls=ReportCommand, show=_show)
 @click.option("--teacher", required=True, metavar="NAME", help="demo, an alias (vit_base), a timm name or a folder.")
 @options.teacher_weights_option
@@ -86,7 +126,11 @@ def _show_stages(document: Document, console: "Console") -> None:
     callback=options.read_stages,
     help="Which of fit (0), align (1), recover (2), curriculum (3).",
 )
-@click.option("--keep", metavar="LAYERS", help="Blocks that keep attention, not the recipe's: 0,5, last:2, every:6.")
+@click.option(
+    "--keep",
+    metavar="LAYERS",
+    help="Blocks that keep attention: 0,5, last:2, every:6, auto:2 or auto:budget=0.98; default: the recipe's.",
+)
 @click.option("--student", type=options.FOLDER, help="Go on from this converted model, in place of the fit.")
 @click.option("--img-size", type=click.IntRange(1), help="Image size to convert at; default: the teacher's own.")
 @options.device_option

@@ -47,6 +47,9 @@ class Row:
         keep: blocks that keep attention.
         stages: which stages run; without 0 the mixers start at random.
         mixer: recipe whose mixer is taken, if it is not the setting's own.
+        recipe: taken instead of the setting's.
+        after: row whose converted model it goes on from, of the same seed.
+        size: image size in pixels, if it is not the setting's.
         start: makes the student to start from, in place of stage 0.
     """
 
@@ -54,6 +57,9 @@ class Row:
     keep: str = "none"
     stages: tuple[int, ...] = (0, 1, 2)
     mixer: str | None = None
+    recipe: str | None = None
+    after: str | None = None
+    size: int | None = None
     start: Callable[[VisionTransformer, Recipe, ImageSet], Gspn2Vit] | None = None
 
 
@@ -68,6 +74,7 @@ ROWS = {
     "random": Row(what="stages 1 and 2 from a random start", stages=(1, 2)),
     "paper": Row(what="the mixer of the paper, all stages", mixer="paper"),
     "no_scan": Row(what="the scan's output switched off, all stages", start=without_scan),
+    "hires": Row(what="`pure` taken on to 518 px", recipe="hires", stages=(3,), after="pure", size=518),
     "attention": Row(what="fresh attention in place of mixers, stages 1 and 2", start=with_fresh_attention),
 }
 
@@ -98,27 +105,33 @@ def convert(row: Row, recipe: Recipe, teacher: VisionTransformer, arguments: arg
     channels = teacher.patch_embed.proj.in_channels
     images, test = (open_images(arguments.data, split, in_chans=channels) for split in ("train", "test"))
     given = None if row.start is None else row.start(teacher, recipe, images)
-    folder = arguments.work / f"{arguments.setting}-{arguments.row}-{recipe.seed}"
-    options = Options(
-        output=folder, stages=row.stages, precision="bf16", workers=arguments.workers, cached=True, resume=True
-    )
+    if row.after is not None:
+        given = gspn2convert.load(folder_of(row.after, recipe, arguments), img_size=teacher.patch_embed.img_size)
+    folder = folder_of(arguments.row, recipe, arguments)
+    options = Options(output=folder, stages=row.stages, precision="bf16", workers=arguments.workers, cached=True)
+    keep = read_keep(row.keep, len(teacher.blocks))
     began = time.monotonic()
     metrics = distill_student(
-        teacher, recipe, images, test, options, teacher_name=arguments.setting, keep=read_keep(row.keep), given=given
+        *(teacher, recipe, images, test, options), teacher_name=arguments.setting, keep=keep, given=given
     )
     minutes = (time.monotonic() - began) / 60
     student = gspn2convert.load(folder) if given is None else given
-    kept = {key: metrics[key] for key in ("kept_layers", "parameters", "fit_error", "stages") if key in metrics}
+    shown = ("kept_layers", "parameters", "fit_error", "stages", "selection")
     return {
         "what": row.what,
         "seed": recipe.seed,
         "minutes": round(minutes, 2),
-        **kept,
-        "selection": metrics.get("selection"),
+        **{key: metrics[key] for key in shown if key in metrics},
         "images_per_second": speeds(metrics["history"]),
-        "evaluation": measure(student, teacher, test, arguments),
+        "evaluation": measure(student, teacher, test, arguments, probe=row.size is None),
         "environment": environment(next(student.parameters()).device),
     }
+
+
+def folder_of(row: str, recipe: Recipe, arguments: argparse.Namespace) -> Path:
+    """Folder of a row's converted model."""
+    folder: Path = arguments.work / f"{arguments.setting}-{row}-{recipe.seed}"
+    return folder
 
 
 def speeds(history: list[dict[str, Any]]) -> dict[str, float]:
@@ -131,17 +144,22 @@ def speeds(history: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def measure(
-    student: VisionTransformer, teacher: VisionTransformer, test: ImageSet, arguments: argparse.Namespace
+    student: VisionTransformer,
+    teacher: VisionTransformer,
+    test: ImageSet,
+    arguments: argparse.Namespace,
+    *,
+    probe: bool,
 ) -> dict[str, Any]:
     """What is kept on images that no stage has seen, and by probes on Fashion-MNIST where it is no training data."""
     how = {"device": next(student.parameters()).device, "batch_size": 256, "workers": arguments.workers}
     if torch.cuda.is_available():
         how["device"] = torch.device("cuda")
     result = evaluate(student, teacher, test, cka=True, **how)
-    if arguments.fashion is None:
+    if arguments.fashion is None or not probe:
         return result
     train, unseen = (open_images(arguments.fashion, split) for split in ("train", "test"))
-    probed = evaluate(student, teacher, unseen, knn_images=train, linear=True, precision="bf16", **how)
+    probed = evaluate(student, teacher, unseen, knn_images=train, linear_images=train, precision="bf16", **how)
     return result | {"fashion": probed}
 
 
@@ -191,11 +209,12 @@ def main() -> None:
     for name in arguments.rows.split(","):
         for seed in map(int, arguments.seeds.split(",")):
             arguments.row, row = name, ROWS[name]
-            recipe = replace(load_recipe(arguments.recipe or setting.recipe), seed=seed)
+            recipe = replace(load_recipe(row.recipe or arguments.recipe or setting.recipe), seed=seed)
             if row.mixer is not None:
                 recipe = replace(recipe, mixer=load_recipe(row.mixer).mixer)
             torch.manual_seed(seed)
-            teacher = load_teacher(arguments.teacher, weights=arguments.teacher_weights, img_size=setting.size)
+            size = row.size or setting.size
+            teacher = load_teacher(arguments.teacher, weights=arguments.teacher_weights, img_size=size)
             figures = convert(row, recipe, teacher, arguments)
             figures |= {"recipe": recipe.name, "commit": arguments.commit, "device_shared": arguments.shared}
             add_row(arguments.output, f"{name}-{seed}", figures)

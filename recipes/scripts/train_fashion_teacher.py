@@ -1,8 +1,12 @@
-"""Train the demo's teacher, a 0.7 M-parameter ViT, on the whole of Fashion-MNIST.
+r"""Train a teacher on the whole of Fashion-MNIST: the demo's ViT of 0.7 M parameters, or a ViT-Ti of patch 2.
 
 The data are the four .gz files that Debian's package `dataset-fashion-mnist` installs. Nothing is
 selected on the test set: the averaged weights at the last step are measured on it once.
-Run from the repository's root: python recipes/scripts/train_demo_teacher.py --output OUT
+Run from the repository's root, on one GPU or, by torchrun, on several that share each batch:
+
+    python recipes/scripts/train_fashion_teacher.py --output OUT
+    torchrun --nproc-per-node 2 recipes/scripts/train_fashion_teacher.py --model vit_tiny --epochs 90 \
+        --batch-size 1024 --lr 1.5e-3 --output OUT
 """
 
 import argparse
@@ -10,43 +14,57 @@ import copy
 import json
 import logging
 import math
+import os
 import platform
 import random
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import timm
 import torch
+import torch.distributed as dist
 from make_demo_data import read_split
 from safetensors.torch import save_file
+from timm.models import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-log = logging.getLogger("train_demo_teacher")
+log = logging.getLogger("train_fashion_teacher")
 
 ARCHITECTURE = "vit_tiny_patch16_224"
-MODEL_ARGUMENTS = {
-    "img_size": 28, "patch_size": 4, "in_chans": 1, "embed_dim": 96, "depth": 6, "num_heads": 3,
-    "num_classes": 10, "dynamic_img_size": True,
-}  # fmt: skip
+SHAPES = {
+    "demo": {"patch_size": 4, "embed_dim": 96, "depth": 6, "num_heads": 3},
+    "vit_tiny": {"patch_size": 2, "embed_dim": 192, "depth": 12, "num_heads": 3},
+}
 MEAN, STD = 0.2860, 0.3530  # of the training pixels, scaled to 0..1
 LABELS = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
-CONFIG = {
-    "architecture": ARCHITECTURE,
-    "num_classes": 10,
-    "num_features": 96,
-    "global_pool": "token",
-    "label_names": LABELS,
-    "model_args": MODEL_ARGUMENTS,
-    "pretrained_cfg": {
-        "tag": "fashion_mnist", "input_size": [1, 28, 28], "fixed_input_size": False, "interpolation": "bicubic",
-        "crop_pct": 1.0, "crop_mode": "center", "mean": [MEAN], "std": [STD], "num_classes": 10, "pool_size": None,
-        "first_conv": "patch_embed.proj", "classifier": "head", "license": "apache-2.0",
-    },
-}  # fmt: skip
+
+
+def model_arguments(model: str) -> dict[str, Any]:
+    """Return what timm's entry point takes."""
+    return {"img_size": 28, "in_chans": 1, "num_classes": 10, "dynamic_img_size": True, **SHAPES[model]}
+
+
+def config(model: str) -> dict[str, Any]:
+    """Return the config.json that timm reads."""
+    arguments = model_arguments(model)
+    return {
+        "architecture": ARCHITECTURE,
+        "num_classes": 10,
+        "num_features": arguments["embed_dim"],
+        "global_pool": "token",
+        "label_names": LABELS,
+        "model_args": arguments,
+        "pretrained_cfg": {
+            "tag": "fashion_mnist", "input_size": [1, 28, 28], "fixed_input_size": False, "interpolation": "bicubic",
+            "crop_pct": 1.0, "crop_mode": "center", "mean": [MEAN], "std": [STD], "num_classes": 10,
+            "pool_size": None, "first_conv": "patch_embed.proj", "classifier": "head", "license": "apache-2.0",
+        },
+    }  # fmt: skip
 
 
 def normalise(images: Tensor) -> Tensor:
@@ -80,6 +98,38 @@ def augment(images: Tensor) -> Tensor:
     return images.masked_fill((rows[:, :, None] & columns[:, None, :])[:, None], 0.0)
 
 
+@torch.no_grad()
+def start_as_if_trained(model: VisionTransformer) -> None:
+    """Start attention as trained ViTs have it: tokens look at their like, and values are subtracted.
+
+    "Mimetic initialization" (Trockman and Kolter, 2023): per head Wq' Wk is about 0.7 (Z + I), and Wv' Wo about
+    0.4 (Z - I), with Z of random numbers. It counts for much where images are few and small.
+    """
+    side = model.patch_embed.grid_size
+    model.pos_embed[0, model.num_prefix_tokens :] = timm.layers.build_sincos2d_pos_embed(list(side), model.embed_dim)
+    for block in model.blocks:
+        attention, dim = block.attn, model.embed_dim
+        each = dim // attention.num_heads
+        query, key, value = attention.qkv.weight.view(3, attention.num_heads, each, dim)
+        for head in range(attention.num_heads):
+            left, size, right = torch.linalg.svd(0.7 * (torch.randn(dim, dim) / each**0.5 + torch.eye(dim)))
+            query[head] = (left[:, :each] * size[:each].sqrt()).T
+            key[head] = right[:each] * size[:each, None].sqrt()
+        left, size, right = torch.linalg.svd(0.4 * (torch.randn(dim, dim) / dim**0.5 - torch.eye(dim)))
+        value.view(dim, dim).copy_((left * size.sqrt()).T)
+        attention.proj.weight.copy_(right.T * size.sqrt())
+
+
+def share_gradients(model: nn.Module) -> None:
+    """Average the gradients over all processes."""
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    parts = flat.split([gradient.numel() for gradient in gradients])
+    torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])
+
+
 def mixed_loss(model: nn.Module, images: Tensor, labels: Tensor, share: Tensor, smoothing: float) -> Tensor:
     """Return the mean cross entropy of images (B, 1, 28, 28) mixed with those of the batch in reverse order."""
     logits = model(torch.lerp(images.flip(0), images, share)).float()
@@ -103,11 +153,14 @@ def recorded(step: Callable[[], None]) -> Callable[[], None]:
 
 def train(model: nn.Module, images: Tensor, labels: Tensor, arguments: argparse.Namespace) -> nn.Module:
     """Train the model and return a copy of it with the running average of its weights."""
+    several, rank, world = dist.is_initialized(), 0, 1
+    if several:
+        rank, world = dist.get_rank(), dist.get_world_size()
     size = arguments.batch_size
     per_epoch = len(images) // size
     steps = min(arguments.epochs * per_epoch, arguments.max_steps or sys.maxsize)
     average = copy.deepcopy(model).requires_grad_(False)
-    batch_images, batch_labels = images[:size].clone(), labels[:size].clone()
+    batch_images, batch_labels = images[: size // world].clone(), labels[: size // world].clone()
     lr, share, last = (torch.zeros((), device=images.device) for _ in range(3))
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.05, fused=True, capturable=images.is_cuda
@@ -121,6 +174,8 @@ def train(model: nn.Module, images: Tensor, labels: Tensor, arguments: argparse.
             loss = mixed_loss(model, views, batch_labels, share, arguments.smoothing)
         last.copy_(loss.detach())
         loss.backward()
+        if several:
+            share_gradients(model)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         torch._foreach_lerp_(list(average.parameters()), [p.detach() for p in model.parameters()], 1 - 0.999)
@@ -130,9 +185,9 @@ def train(model: nn.Module, images: Tensor, labels: Tensor, arguments: argparse.
     order = torch.empty(0, dtype=torch.long)
     for number in range(steps):
         if number % per_epoch == 0:
-            order = torch.randperm(len(images), device=images.device)
+            order = torch.randperm(len(images)).to(images.device)  # the same in all processes
             log.info("epoch %d: loss %.3f, %.1f s", number // per_epoch, last.item(), time.monotonic() - start)
-        chosen = order[(number % per_epoch) * size :][:size]
+        chosen = order[(number % per_epoch) * size :][:size][rank::world]
         batch_images.copy_(images[chosen])
         batch_labels.copy_(labels[chosen])
         # A linear warm-up over 5 % of the steps, and a cosine down to zero.
@@ -151,11 +206,11 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     return 100 * torch.stack(right).sum().item() / len(labels)
 
 
-def save(model: nn.Module, folder: Path) -> nn.Module:
+def save(model: nn.Module, name: str, folder: Path) -> nn.Module:
     """Write the folder that timm's `local-dir:` loads, and return the model loaded back from it."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file(model.cpu().state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(config(name), indent=2) + "\n")
     return timm.create_model(f"local-dir:{folder}", pretrained=True)
 
 
@@ -165,31 +220,56 @@ def tensors(folder: Path, split: str, device: str) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(images.copy()).to(device), torch.from_numpy(labels.astype(np.int64)).to(device)
 
 
-def main() -> None:
-    """Train, save, measure the saved model and write metrics.json."""
+def read_arguments() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder for config.json and model.safetensors")
     parser.add_argument("--data", type=Path, default=Path("/usr/share/datasets/fashion-mnist"), help="[%(default)s]")
     for name, default in (("epochs", 150), ("batch-size", 512), ("lr", 2e-3), ("smoothing", 0.05), ("seed", 0)):
         parser.add_argument(f"--{name}", type=type(default), default=default, help="[%(default)s]")
+    parser.add_argument("--model", choices=SHAPES, default="demo", help="[%(default)s]")
     parser.add_argument("--max-steps", type=int, help="stop early, for a trial")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="[%(default)s]")
-    arguments = parser.parse_args()
+    return parser.parse_args()
+
+
+def join(device: str) -> tuple[int, int]:
+    """Join the processes that torchrun started; the number of this one, and how many there are."""
+    rank, world = (int(os.environ.get(name, default)) for name, default in (("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+    if world > 1:
+        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    return rank, world
+
+
+def main() -> None:
+    """Train, save, measure the saved model and write metrics.json."""
+    arguments = read_arguments()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.manual_seed(arguments.seed)
     random.seed(arguments.seed)
+    rank, world = join(arguments.device)
     start = time.monotonic()
     data = {split: tensors(arguments.data, split, arguments.device) for split in ("train", "t10k")}
-    model = timm.create_model(ARCHITECTURE, drop_path_rate=0.05, **MODEL_ARGUMENTS).to(arguments.device).train()
-    average = train(model, *data["train"], arguments)
-    saved = save(average, arguments.output).to(arguments.device)
+    model = timm.create_model(ARCHITECTURE, drop_path_rate=0.05, **model_arguments(arguments.model))
+    if arguments.model != "demo":  # whose published weights were trained from timm's own start
+        start_as_if_trained(model)
+    if arguments.device == "cuda":
+        torch.cuda.manual_seed(arguments.seed + rank)  # views of its own for each process
+    average = train(model.to(arguments.device).train(), *data["train"], arguments)
+    if rank:
+        return
+    saved = save(average, arguments.model, arguments.output).to(arguments.device)
+    asked = ("model", "epochs", "batch_size", "lr", "smoothing", "seed", "max_steps")
     metrics = {
         "data": "Fashion-MNIST: 60000 training images, 10000 test images",
         "test_top1": accuracy(saved, *data["t10k"]),
         "parameters": sum(p.numel() for p in saved.parameters()),
         "minutes": round((time.monotonic() - start) / 60, 2),
         "device": torch.cuda.get_device_name() if arguments.device.startswith("cuda") else "CPU",
-        **{key: getattr(arguments, key) for key in ("epochs", "batch_size", "lr", "smoothing", "seed", "max_steps")},
+        "processes": world,
+        **{key: getattr(arguments, key) for key in asked},
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__},
     }
     (arguments.output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")

@@ -1,0 +1,145 @@
+r"""Make a training set of photographs out of Debian's wallpapers.
+
+    for name in gnome-backgrounds mate-backgrounds ukui-wallpapers plasma-workspace-wallpapers lomiri-wallpapers-16.04 \
+        lomiri-wallpapers-20.04 opencv-doc tuxpaint-stamps-default dataset-fashion-mnist; do
+        apt-get download $name; dpkg -x ${name}_*.deb unpacked/$name; done
+    python recipes/scripts/make_photos.py --source unpacked --output photos \
+        --fashion unpacked/dataset-fashion-mnist/usr/share/datasets/fashion-mnist
+
+Any folder with pictures will do as the source. Pictures that are small, nearly flat or a copy of another are left out.
+Every sixth picture is a test picture: crops of one picture are all in one split. Fashion-MNIST's training images, if
+asked for, are more views to train on; none is a test image. The same arguments give the same files.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import random
+import sys
+import warnings
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from make_demo_data import read_split
+from PIL import Image
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
+SHORTEST = 480  # pixels of the short side
+# A step in brightness below this is none, and a picture that has so few others is a gradient or a plain surface.
+FLAT_STEP, FLAT_SHARE = 1.5, 0.75
+COPY_BITS = 28  # of 256 that differ at most in the fingerprints of two copies
+TEST_EVERY = 6
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture worth cropping: its file, a digest of its bytes, its pixels, and 256 bits of what it looks like."""
+
+    path: Path
+    digest: str
+    pixels: int
+    looks: int
+
+
+def examine(path: Path) -> Picture | None:
+    """Look at a file; None for what is small, nearly flat, or no picture."""
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            if min(width, height) < SHORTEST:
+                return None
+            image.draft("RGB", (512, 512))
+            grey = image.convert("L")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return None
+    small = np.asarray(grey.resize((128, 128), Image.Resampling.LANCZOS), float)
+    if (np.abs(np.diff(small, axis=1)) < FLAT_STEP).mean() > FLAT_SHARE:
+        return None
+    tiny = np.asarray(grey.resize((17, 16), Image.Resampling.LANCZOS), int)
+    looks = int("".join("01"[bit] for bit in (tiny[:, 1:] > tiny[:, :-1]).flatten().astype(int)), 2)
+    return Picture(path, hashlib.sha256(path.read_bytes()).hexdigest(), width * height, looks)
+
+
+def distinct(pictures: list[Picture]) -> list[Picture]:
+    """Leave out copies in other sizes or crops; of several the largest stays."""
+    kept: list[Picture] = []
+    for picture in sorted(pictures, key=lambda each: (-each.pixels, each.digest)):
+        if all((picture.looks ^ other.looks).bit_count() > COPY_BITS for other in kept):
+            kept.append(picture)
+    return sorted(kept, key=lambda each: each.digest)
+
+
+def write_crops(job: tuple[Picture, Path, int], *, size: int, seed: int) -> None:
+    """Write square crops of a picture whose areas are log-uniform from 8 % of the largest square to all of it."""
+    picture, folder, crops = job
+    rng = random.Random(f"{seed} {picture.digest}")
+    with Image.open(picture.path) as file:
+        image = file.convert("RGBA")
+    white = Image.new("RGBA", image.size, "white")
+    image = Image.alpha_composite(white, image).convert("RGB")
+    for number in range(crops):
+        side = round(min(image.size) * math.sqrt(math.exp(rng.uniform(math.log(0.08), 0))))
+        left, top = (rng.randint(0, length - side) for length in image.size)
+        box = (left, top, left + side, top + side)
+        crop = image.resize((size, size), Image.Resampling.LANCZOS, box=box)
+        crop.save(folder / f"{picture.digest[:12]}_{number:03}.jpg", quality=90)
+
+
+def write_fashion(source: Path, folder: Path, count: int, seed: int) -> None:
+    """Write some of Fashion-MNIST's training images."""
+    images, _ = read_split(source, "train")
+    for index in sorted(random.Random(seed).sample(range(len(images)), count)):
+        Image.fromarray(images[index]).save(folder / f"fashion_{index:05}.png")
+
+
+def read_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--source", type=Path, required=True, help="folder that is searched for pictures")
+    parser.add_argument("--output", type=Path, required=True, help="folder to make")
+    parser.add_argument("--size", type=int, default=640, help="side of the crops [%(default)s]")
+    parser.add_argument("--crops", type=int, default=64, help="crops of a picture to train on [%(default)s]")
+    parser.add_argument("--test-crops", type=int, default=24, help="crops of a test picture [%(default)s]")
+    parser.add_argument("--fashion", type=Path, help="folder of Fashion-MNIST's four .gz files")
+    parser.add_argument("--fashion-images", type=int, default=6000, help="how many of them [%(default)s]")
+    parser.add_argument("--seed", type=int, default=0, help="[%(default)s]")
+    parser.add_argument("--workers", type=int, default=None, help="processes [all cores]")
+    arguments = parser.parse_args()
+    if arguments.output.exists() and any(arguments.output.iterdir()):
+        parser.error(f"{arguments.output} is not empty; name a new folder")
+    return arguments
+
+
+def main() -> None:
+    """Make the set."""
+    arguments = read_arguments()
+    Image.MAX_IMAGE_PIXELS = None  # the packages are trusted
+    warnings.simplefilter("ignore")
+    paths = sorted(path for path in arguments.source.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    with ProcessPoolExecutor(arguments.workers) as pool:
+        pictures = distinct([picture for picture in pool.map(examine, paths) if picture is not None])
+        if len(pictures) < TEST_EVERY:
+            sys.exit(
+                f"{arguments.source} holds {len(pictures)} usable pictures among {len(paths)}; name another folder"
+            )
+        folders = {name: arguments.output / name for name in ("train", "test")}
+        for folder in folders.values():
+            folder.mkdir(parents=True, exist_ok=True)
+        splits = {"test": pictures[::TEST_EVERY], "train": [p for i, p in enumerate(pictures) if i % TEST_EVERY]}
+        counts = {"train": arguments.crops, "test": arguments.test_crops}
+        jobs = [(picture, folders[name], counts[name]) for name, part in splits.items() for picture in part]
+        list(pool.map(partial(write_crops, size=arguments.size, seed=arguments.seed), jobs))
+    if arguments.fashion is not None:
+        write_fashion(arguments.fashion, folders["train"], arguments.fashion_images, arguments.seed)
+    names = {name: [str(p.path.relative_to(arguments.source)) for p in part] for name, part in splits.items()}
+    (arguments.output / "sources.json").write_text(json.dumps(names, indent=1) + "\n")
+    made = {name: sum(1 for _ in folder.iterdir()) for name, folder in folders.items()}
+    print(f"{len(pictures)} pictures of {len(paths)}: {made['train']} images to train on, {made['test']} to test")
+
+
+if __name__ == "__main__":
+    main()
