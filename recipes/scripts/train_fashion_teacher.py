@@ -153,9 +153,7 @@ def recorded(step: Callable[[], None]) -> Callable[[], None]:
 
 def train(model: nn.Module, images: Tensor, labels: Tensor, arguments: argparse.Namespace) -> nn.Module:
     """Train the model and return a copy of it with the running average of its weights."""
-    several, rank, world = dist.is_initialized(), 0, 1
-    if several:
-        rank, world = dist.get_rank(), dist.get_world_size()
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     size = arguments.batch_size
     per_epoch = len(images) // size
     steps = min(arguments.epochs * per_epoch, arguments.max_steps or sys.maxsize)
@@ -174,7 +172,7 @@ def train(model: nn.Module, images: Tensor, labels: Tensor, arguments: argparse.
             loss = mixed_loss(model, views, batch_labels, share, arguments.smoothing)
         last.copy_(loss.detach())
         loss.backward()
-        if several:
+        if world > 1:
             share_gradients(model)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
