@@ -40,7 +40,8 @@ def build(*, include: Path | None = None, cuda: bool = False, report: Callable[[
 
     Args:
         include: Folder of ONNX Runtime's C++ headers; by default it is looked for, see `find_headers`.
-        cuda: Whether to build the CUDA kernels too. They compile, and have not run on a GPU yet.
+        cuda: Whether to build the CUDA kernels too: for all processors from 8.0 on, or those that the environment's
+            CUDAARCHS lists, such as `90` alone in a fraction of the time. They compile, and have not run on a GPU yet.
         report: Called with a line of text for each step.
 
     Returns:
@@ -58,6 +59,7 @@ def build(*, include: Path | None = None, cuda: bool = False, report: Callable[[
         "nvcc": version(nvcc) if nvcc else None,
         "onnxruntime_api": api_version(headers),
         "cuda": nvcc is not None,
+        "processors": os.environ.get("CUDAARCHS") if cuda else None,
     }
     key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
     target = cache_folder() / f"ort-{key}"

@@ -32,5 +32,5 @@ extern "C" const char* scan_by_plan(const int64_t* s, int dtype, void* const* p,
   Device device;
   if (const char* text = TextOf(Query(&device))) return text;
   if (!Fits(shape, (Dtype)dtype, plan, device)) return "does not fit";
-  return LaunchPlan(shape, (Dtype)dtype, plan, ScanOf(p), (cudaStream_t)stream);
+  return LaunchPlan(shape, (Dtype)dtype, plan, device, ScanOf(p), (cudaStream_t)stream);
 }

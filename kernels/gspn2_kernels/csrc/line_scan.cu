@@ -178,11 +178,11 @@ const char* TextOf(cudaError_t error) {
   return cudaGetErrorString(error);
 }
 
-cudaError_t Launch(const void* function, int blocks, int threads, Scan scan, cudaStream_t stream) {
+cudaError_t Launch(const void* function, int blocks, int threads, int most_bytes, Scan scan, cudaStream_t stream) {
   const int bytes = scan.layout.total;
-  // Beyond 48 KB a kernel has to ask.
+  // Beyond 48 KB a kernel has to ask. All ask for the same, lest a thread take back what another is about to use.
   if (bytes > 48 * 1024) {
-    const cudaError_t error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    const cudaError_t error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, most_bytes);
     if (error) return error;
   }
   void* arguments[] = {&scan};
@@ -190,7 +190,8 @@ cudaError_t Launch(const void* function, int blocks, int threads, Scan scan, cud
 }
 
 // Launches a plan that fits the shape.
-const char* LaunchPlan(const Shape& shape, Dtype dtype, const Plan& plan, Scan scan, cudaStream_t stream) {
+const char* LaunchPlan(const Shape& shape, Dtype dtype, const Plan& plan, const Device& device, Scan scan,
+                       cudaStream_t stream) {
   const Kernel kernel = Find(dtype, plan);
   const bool plain = plan.positions == 0;
   const int block_channels = plan.channel_warps * kernel.channels;
@@ -211,7 +212,7 @@ const char* LaunchPlan(const Shape& shape, Dtype dtype, const Plan& plan, Scan s
   else
     scan.layout = kernel.layout(plan.line_warps, plan.channel_warps, scan.groups_held);
   const int threads = plain ? kernel.threads : ThreadsOf(plan);
-  return TextOf(Launch(kernel.function, static_cast<int>(blocks), threads, scan, stream));
+  return TextOf(Launch(kernel.function, static_cast<int>(blocks), threads, device.shared_bytes, scan, stream));
 }
 
 }  // namespace
@@ -229,7 +230,7 @@ const char* LaunchLineScan(const Shape& shape, Dtype dtype, const void* x, const
   scan.y = static_cast<char*>(y);
   Plan plan = {};
   if (!Choose(shape, dtype, scan, device, &plan)) return "line scan: a line is too long for shared memory";
-  return LaunchPlan(shape, dtype, plan, scan, static_cast<cudaStream_t>(stream));
+  return LaunchPlan(shape, dtype, plan, device, scan, static_cast<cudaStream_t>(stream));
 }
 
 }  // namespace gspn2
