@@ -68,7 +68,7 @@ def build(*, include: Path | None = None, cuda: bool = False, report: Callable[[
             report(f"building with {compiler}, {f'{nvcc}, ' if nvcc else ''}headers in {headers}")
             options = [f"-DORT_INCLUDE_DIR={headers}", f"-DCMAKE_CXX_COMPILER={compiler}"]
             if nvcc:
-                report("the CUDA kernels take minutes; they have not run in ONNX Runtime yet: compare before you rely on them")
+                report("the CUDA kernels take minutes; they have not run in ONNX Runtime yet: compare first")
                 options += ["-DGSPN2_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={nvcc}"]
             _build_into(target, [cmake, "-G", generator, *options], made_of)
     report(f"library: {target / _LIBRARY}")

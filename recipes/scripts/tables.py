@@ -98,7 +98,7 @@ def controls(found: Document) -> list[str]:
         rows.append(
             (
                 f"`{name}`: {row['what']}",
-                percent(figures["top1"]) if "top1" in figures else "",
+                f"{figures['top1']:.2%}" if "top1" in figures else "",
                 *(f"{figures[key]['mean']:.3f}" for key in ("prefix_cosine", "patch_cosine")),
                 f"{figures['neighbour_agreement']:.3f}",
                 f"{row['minutes']:.1f}" + (" (shared)" if row["device_shared"] else ""),
@@ -112,7 +112,7 @@ def throughput(found: Document) -> list[str]:
     one, two = found["1"], found["2"]
     kinds = ("with the mixer term", "without it")
     rows = [
-        (f"images/s, {gpus} GPUs", *(f"{run[kind]['images_per_second']:.0f}" for kind in kinds))
+        (f"images/s, GPUs: {gpus}", *(f"{run[kind]['images_per_second']:.0f}" for kind in kinds))
         for gpus, run in found.items()
     ]
     rows.append(
