@@ -28,7 +28,7 @@ import onnxruntime
 import torch
 from conditions import conditions, write
 from ort_bound import Row, Setting
-from ort_models import export, memcpy, model
+from ort_models import SMALL_DTYPES, export, export_small, memcpy, model
 from ort_nodes import body, node, parity
 from timing import own_stream
 
@@ -39,7 +39,7 @@ PARTS: dict[str, Callable[[Setting], Iterator[Row]]] = {
     "memcpy": memcpy,
     "model": model,
 }
-SECONDS_AT_MOST = {"parity": 60, "node": 60, "body": 60, "memcpy": 60, "model": 150}
+SECONDS_AT_MOST = {"parity": 60, "node": 60, "body": 60, "memcpy": 60, "model": 120}
 
 
 def main() -> None:
@@ -62,7 +62,7 @@ def main() -> None:
         device = torch.device("cpu" if arguments.dry else "cuda")
         setting = Setting(device, files, arguments.seconds, arguments.copy, arguments.compile, arguments.dry)
         if arguments.export:
-            print(*export(setting))
+            print(*(export_small(setting, dtype) for dtype in SMALL_DTYPES), *export(setting))
         elif arguments.part:
             with own_stream(device):
                 for row in PARTS[arguments.part](setting):

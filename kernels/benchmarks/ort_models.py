@@ -15,7 +15,7 @@ from gspn2_kernels.testing import relative_rms
 DTYPE, TOLERANCE = "fp16", 5e-3  # against PyTorch in fp32; ONNX has no Einsum in bf16
 MODEL, IMAGES = "vit_base_patch16_224", (4, 3, 1024, 1024)
 SMALL_MODEL, SMALL_IMAGES = "vit_tiny_patch16_224", (2, 3, 96, 64)
-SMALL_DEPTH = 2
+SMALL_DEPTH, SMALL_DTYPES = 2, ("fp32", "fp16")
 
 
 def export(setting: Setting) -> tuple[Path, Path]:
@@ -38,19 +38,28 @@ def images_shape(setting: Setting) -> tuple[int, int, int, int]:
     return SMALL_IMAGES if setting.dry else IMAGES
 
 
+def export_small(setting: Setting, dtype: str) -> Path:
+    """Write the file of a small student, for images of any shape, unless it is there."""
+    path = setting.files / f"small_{dtype}.onnx"
+    if not path.exists():
+        _, student = awake_pair(SMALL_MODEL, SMALL_DEPTH)
+        write_model(student, path.with_suffix(".part"), dtype).rename(path)
+    return path
+
+
 def memcpy(setting: Setting) -> Iterator[Row]:
     """Count copies between host and device in a small student, of images of any shape."""
-    for dtype in ("fp32", "fp16"):
+    for dtype in SMALL_DTYPES:
         yield attempted({"model": SMALL_MODEL, "depth": SMALL_DEPTH, "dtype": dtype}, copies, setting, dtype)
 
 
 def copies(setting: Setting, dtype: str) -> Row:
     """Run the student and read the graph that ran."""
     _, student = awake_pair(SMALL_MODEL, SMALL_DEPTH)
-    path = write_model(student, setting.files / f"small_{dtype}.onnx", dtype)
+    path = export_small(setting, dtype)
     images = torch.randn(SMALL_IMAGES).to(setting.device, DTYPES[dtype])
     logits = torch.empty(len(images), 1000, dtype=images.dtype, device=setting.device)
-    optimized = path.with_suffix(".optimized.onnx")
+    optimized = optimized_file(path)
     Bound(path, {"image": images}, {"logits": logits}, library=True, optimized=optimized)()
     synchronize(setting.device)
     with torch.inference_mode():
