@@ -5,6 +5,7 @@ Shapes: B batch, N = P + H W tokens, P prefix tokens, C channels, H W grid of pa
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -13,7 +14,7 @@ from timm.models import VisionTransformer
 from torch import Tensor
 
 from gspn2convert.model import Gspn2Vit
-from gspn2convert.recipe import RecoverLosses
+from gspn2convert.recipe import Recipe, RecoverLosses
 from gspn2convert.stage import RecoverStage
 from gspn2convert.vit import final_tokens, grid_size
 
@@ -52,6 +53,17 @@ class ReducedStage(RecoverStage):
         reduced = F.interpolate(images, self.size, mode="bicubic", antialias=True, align_corners=False)
         tokens = final_tokens(self._guide[0], reduced)
         return resize_patches(tokens, grid_size(self.student, *self.size), grid_size(self.student, *images.shape[-2:]))
+
+
+def check_sizes(teacher: VisionTransformer, recipe: Recipe, stages: Sequence[int]) -> None:
+    """Make sure that a teacher takes all sizes of a recipe, before hours go into the first of them.
+
+    Raises:
+        UserError: one is no multiple of the patch.
+    """
+    for size in (recipe.size, *(recipe.curriculum.sizes if 3 in stages else ())):
+        if size:
+            grid_size(teacher, size, size)
 
 
 def resize_patches(tokens: Tensor, grid: tuple[int, int], wanted: tuple[int, int]) -> Tensor:

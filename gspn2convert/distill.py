@@ -14,6 +14,7 @@ from timm.models import VisionTransformer
 from gspn2convert.artifact import check_output_folder, holds_files, load, save_student
 from gspn2convert.checkpoint import CheckpointStore
 from gspn2convert.conversion import Conversion, Options
+from gspn2convert.curriculum import check_sizes
 from gspn2convert.data import ImageSet, open_images
 from gspn2convert.errors import UserError
 from gspn2convert.keep import Auto, read_keep
@@ -100,6 +101,7 @@ def distill_student(
     elif len(keep) == len(teacher.blocks):
         raise UserError("every block keeps attention, so there is nothing to convert; keep fewer with --keep")
     check_output_folder(options.output, options.resume)
+    check_sizes(teacher, recipe, options.stages)
     accelerator = make_accelerator(options.device, options.precision)
     blocks = str(keep) if isinstance(keep, Auto) else ",".join(map(str, keep))
     what = {"teacher": teacher_name, "data": images.name, "keep": blocks}

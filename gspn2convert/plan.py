@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from timm.models import VisionTransformer
 
 from gspn2convert.cost import Cost, cost, count_parameters, training_bytes
+from gspn2convert.curriculum import check_sizes
 from gspn2convert.keep import Auto, read_keep
 from gspn2convert.model import Gspn2Vit, build_student
 from gspn2convert.recipe import Align, Recipe, Recover
@@ -23,7 +24,7 @@ def plan(
     teacher: str,
     recipe: Recipe,
     *,
-    stages: Sequence[int] = (0, 1, 2),
+    stages: Sequence[int] = (0, 1, 2, 3),
     img_size: int | None = None,
     keep: str | None = None,
 ) -> dict[str, Any]:
@@ -32,28 +33,28 @@ def plan(
     Args:
         teacher: "demo", an alias, a timm name or a folder; built without its weights.
         recipe: what to do.
-        stages: which of 0, 1, 2 run.
+        stages: which of 0, 1, 2, 3 run.
         img_size: pixels to convert at; the teacher's own by default.
         keep: blocks that keep attention, instead of the recipe's.
 
     Returns:
-        Layers, parameters and MACs of teacher and student for one image, memory in bytes beyond the two models
-        (fp32, one process), and steps. Where blocks are chosen in the course of the conversion, "automatic" says
-        how many; the figures are then those of keeping the last ones, which cost the same, or none for a budget.
+        Layers, parameters and MACs of teacher and student for one image of the size that stages 0 to 2 see, memory in
+        bytes beyond the two models (fp32, one process), and steps; stage 3 has a row for each of its sizes. Where
+        blocks are chosen in the course of the conversion, "automatic" says how many; the figures are then those of
+        keeping the last ones, which cost the same, or none for a budget.
     """
     vit = load_teacher(teacher, img_size=img_size, pretrained=False)
+    check_sizes(vit, recipe, stages)
     depth, mixer = len(vit.blocks), recipe.mixer.resolve(vit.embed_dim)
     wanted = read_keep(recipe.keep if keep is None else keep, depth)
     auto = wanted if isinstance(wanted, Auto) else None
     kept = range(depth - (wanted.count or 0), depth) if isinstance(wanted, Auto) else wanted
     layers = [i for i in range(depth) if i not in kept]
     student = build_student(vit, layers, mixer)
-    height, width = vit.patch_embed.img_size
+    height, width = (recipe.size, recipe.size) if recipe.size else vit.patch_embed.img_size
     before, after = cost(vit, height, width), cost(student, height, width)
     # Until blocks are chosen, all are converted.
     aligned = build_student(vit, range(depth), mixer) if auto else student
-    trained: dict[int, tuple[str, Align | Recover, Gspn2Vit]]
-    trained = {1: ("align", recipe.align, aligned), 2: ("recover", recipe.recover, student)}
     return {
         "teacher": teacher,
         "recipe": recipe.name,
@@ -65,13 +66,28 @@ def plan(
         "macs": {"teacher": before.macs, "student": after.macs},
         "fit_images": recipe.fit.images if 0 in stages else 0,
         "fit_bytes": _fit_bytes(vit, recipe, after),
-        "stages": [_training(*what) for number, what in trained.items() if number in stages],
+        "stages": [
+            _training(name, spec, aligned if name == "align" else student, size)
+            for name, spec, size in _trained(recipe, stages, (height, width))
+        ],
     }
 
 
-def _training(name: str, spec: Align | Recover, student: Gspn2Vit) -> dict[str, Any]:
+def _trained(
+    recipe: Recipe, stages: Sequence[int], size: tuple[int, int]
+) -> Iterator[tuple[str, Align | Recover, tuple[int, int]]]:
+    """Stages that train: name, what is done, image size."""
+    if 1 in stages:
+        yield "align", recipe.align, size
+    if 2 in stages:
+        yield "recover", recipe.recover, size
+    for number, side in enumerate(recipe.curriculum.sizes if 3 in stages else ()):
+        yield f"curriculum-{side}", recipe.curriculum.at(number), (side, side)
+
+
+def _training(name: str, spec: Align | Recover, student: Gspn2Vit, size: tuple[int, int]) -> dict[str, Any]:
     """Steps of a stage, and its memory: what autograd keeps of a batch, and all copies of the weights."""
-    per_image = training_bytes(student, *student.patch_embed.img_size)
+    per_image = training_bytes(student, *size)
     return {
         "stage": name,
         "steps": spec.steps,

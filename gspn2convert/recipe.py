@@ -30,6 +30,7 @@ __all__ = [
     "Align",
     "Augment",
     "Curriculum",
+    "CurriculumLosses",
     "Fit",
     "Mixer",
     "Recipe",
@@ -167,6 +168,13 @@ class Recover(Part):
 
 
 @dataclass(frozen=True, kw_only=True)
+class CurriculumLosses(RecoverLosses):
+    """The same for stage 3."""
+
+    place: ClassVar[str] = "recipe.curriculum.losses"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Curriculum(Recover):
     """Stage 3: the same as stage 2 at one image size after the other."""
 
@@ -177,6 +185,7 @@ class Curriculum(Recover):
     batch_size: Count = 128
     mixer_lr: Positive = 2.0e-4
     lr: Positive = 1.0e-4
+    losses: CurriculumLosses = field(default_factory=CurriculumLosses)
     target: Literal["teacher", "reduced", "previous"] = "teacher"
 
     def at(self, number: int) -> "Curriculum":
@@ -184,10 +193,10 @@ class Curriculum(Recover):
 
         Larger images come in batches that are smaller in the same measure, in multiples of 8.
         """
-        share = (self.sizes[0] / self.sizes[number]) ** 2
-        return replace(
-            self, batch_size=self.batch_size if number == 0 else max(8, int(self.batch_size * share) // 8 * 8)
-        )
+        if number == 0:
+            return self
+        share = self.batch_size * self.sizes[0] ** 2 // self.sizes[number] ** 2
+        return replace(self, batch_size=min(self.batch_size, max(8, share // 8 * 8)))
 
 
 @dataclass(frozen=True, kw_only=True)

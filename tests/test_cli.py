@@ -330,7 +330,7 @@ DISTILL = "distill --teacher {}/teacher --data {}/data --recipe {}/tiny.yaml --o
         ("frobnicate", "No such command 'frobnicate' (see gspn2convert -h)"),
         ("distill", "Missing option '--teacher' (see gspn2convert distill -h)"),
         ("distill --teacher {}/teacher", "Missing option '--data'"),
-        (DISTILL + "--stages 0,4", "expected some of 0 (fit), 1 (align), 2 (recover)"),
+        (DISTILL + "--stages 0,4", "expected some of 0 (fit), 1 (align), 2 (recover), 3 (curriculum)"),
         (DISTILL + "--keep 0,7", "the teacher has 2 blocks"),
         (DISTILL + "--keep 0,1", "keeps all 2 blocks"),
         (DISTILL + "--keep auto:0", "expected 'none', block numbers"),

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import tensor
 
-from gspn2convert.losses import cosine_loss, kl, normalised_difference, relative_error, smooth_l1, variance
+from gspn2convert.losses import cosine_loss, kl, normalised_difference, relative_error, similarity, smooth_l1, variance
 
 
 @pytest.fixture
@@ -77,6 +77,44 @@ def test_normalised_difference_is_two_minus_twice_the_correlation(pair):
     assert normalised_difference(7 * student + 4, student).item() == pytest.approx(0, abs=1e-6)
 
 
+@pytest.mark.parametrize(("tokens", "channels"), [(15, 6), (5, 16), (1, 3)])
+def test_similarity_is_the_difference_of_all_cosines(tokens, channels):
+    generator = torch.Generator().manual_seed(1)
+    student = torch.randn(3, tokens, channels, generator=generator, dtype=torch.float64) + 2
+    teacher = torch.randn(3, tokens, channels, generator=generator, dtype=torch.float64) - 1
+    cosines = [
+        np.array([[[a @ b / np.sqrt((a @ a) * (b @ b)) for b in image] for a in image] for image in side.numpy()])
+        for side in (student, teacher)
+    ]
+    expected = ((cosines[0] - cosines[1]) ** 2).mean()
+    assert similarity(student, teacher).item() == pytest.approx(expected, rel=1e-5, abs=1e-6)
+    assert similarity(3 * student, student).item() == pytest.approx(0, abs=1e-6)  # lengths do not count
+
+
+def test_similarity_has_the_gradient_of_all_cosines(pair):
+    student, teacher = (x.requires_grad_() for x in pair)
+    unit = [torch.nn.functional.normalize(x, dim=-1) for x in (student, teacher.detach())]
+    ((unit[0] @ unit[0].mT - unit[1] @ unit[1].mT) ** 2).mean().backward()
+    expected, student.grad = student.grad, None
+    similarity(student, teacher.detach()).backward()
+    torch.testing.assert_close(student.grad, expected, atol=1e-6, rtol=1e-4)
+
+
+def test_similarity_of_nearly_equal_tokens_survives_autocast():
+    """Of 256 tokens with a large mean the three powers are near 1, and their sum is near 1e-6."""
+    generator = torch.Generator().manual_seed(2)
+    teacher = torch.randn(2, 256, 32, generator=generator) + 2
+    for noise in (1e-2, 1e-1, 1.0):
+        student = teacher + noise * torch.randn(2, 256, 32, generator=generator)
+        unit = [torch.nn.functional.normalize(x.double(), dim=-1) for x in (student, teacher)]
+        expected = ((unit[0] @ unit[0].mT - unit[1] @ unit[1].mT) ** 2).mean().item()
+        single = similarity(student, teacher).item()
+        with torch.autocast("cpu", torch.bfloat16):
+            mixed = similarity(student, teacher).item()
+        assert single == pytest.approx(expected, abs=1e-6)
+        assert mixed == pytest.approx(single, abs=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_inputs_are_computed_in_float32(pair, dtype):
     student, teacher = (x.to(dtype) for x in pair)
@@ -86,6 +124,7 @@ def test_low_precision_inputs_are_computed_in_float32(pair, dtype):
         (smooth_l1, (mean, std)),
         (relative_error, (torch.full((6,), 1e-5, dtype=dtype),)),
         (normalised_difference, ()),
+        (similarity, ()),
         (kl, (2.0,)),
     ]:
         expected = loss(student.float(), teacher.float(), *arguments)

@@ -1,6 +1,7 @@
 """The plan of a conversion against counting by hand, and that making it touches neither disk nor network."""
 
 import socket
+from dataclasses import replace
 
 import pytest
 import torch
@@ -88,6 +89,77 @@ def test_the_fit_of_a_vit_b_needs_less_than_4_gb(default):
     assert plan("vit_base", default, stages=(0,))["fit_bytes"] < 4e9
 
 
+def test_each_size_of_the_curriculum_is_planned_at_that_size():
+    hires = load_recipe("hires")
+    curriculum = replace(hires.curriculum, sizes=(128, 160), steps=600, batch_size=96)
+    hires = replace(hires, size=96, curriculum=curriculum)
+    found = plan("vit_tiny", hires)
+    student = build_student(load_teacher("vit_tiny", pretrained=False), range(DEPTH), hires.mixer.resolve(C))
+    after = cost(student, 96, 96)
+    assert found["image_size"] == [96, 96]
+    assert found["macs"]["student"] == after.macs
+    assert found["fit_bytes"] == (hires.fit.images + hires.fit.held_out) * 37 * C * 4 + 3 * (6 * C + 1) ** 2 * 8
+    rows = {
+        "align": (hires.align.steps, hires.align.batch_size, 96),
+        "recover": (hires.recover.steps, hires.recover.batch_size, 96),
+        "curriculum-128": (600, 96, 128),
+        "curriculum-160": (600, 56, 160),  # 96 * 0.64 = 61.4, and a multiple of 8
+    }
+    assert found["stages"] == [
+        {
+            "stage": stage,
+            "steps": steps,
+            "images": steps * batch,
+            "bytes": batch * training_bytes(student, size, size) + 5 * 4 * after.parameters,
+        }
+        for stage, (steps, batch, size) in rows.items()
+    ]
+    for stages, names in (((3,), list(rows)[2:]), ((0, 1, 2), list(rows)[:2])):
+        assert [stage["stage"] for stage in plan("vit_tiny", hires, stages=stages)["stages"]] == names
+
+
+@pytest.mark.parametrize(
+    ("recipe", "teacher", "img_size", "tokens", "sizes"),
+    [
+        ("demo", "demo", None, 50, []),
+        ("dinov2_small_photos", "dinov2_small", 224, 257, []),
+        (
+            "hires",
+            "dinov2_small",
+            None,
+            257,
+            list(load_recipe("hires").curriculum.sizes),
+        ),  # published for 518 px, and converted at 224
+        ("paper", "vit_tiny", None, 197, []),
+    ],
+)
+def test_recipes_suit_the_teachers_that_they_are_for(recipe, teacher, img_size, tokens, sizes):
+    what, width = load_recipe(recipe), {"demo": 96, "dinov2_small": 384, "vit_tiny": 192}[teacher]
+    found = plan(teacher, what, img_size=img_size)
+    hidden = (what.fit.images + what.fit.held_out) * tokens * width * 4
+    assert found["fit_bytes"] == hidden + 3 * (6 * width + 1) ** 2 * 8
+    specs = [what.align, what.recover, *(what.curriculum.at(number) for number in range(len(sizes)))]
+    assert [row["images"] for row in found["stages"]] == [spec.steps * spec.batch_size for spec in specs]
+    assert [row["stage"] for row in found["stages"]] == ["align", "recover", *(f"curriculum-{size}" for size in sizes)]
+
+
+def test_siglip_has_neither_class_token_nor_head():
+    found = plan("siglip2_base", load_recipe("siglip2_base"), stages=(0,))
+    assert found["converted_layers"] == list(range(12))
+    width, rank, mlp = 768, 96, 3072
+    attention, feed_forward = 4 * width * width + 4 * width, 2 * width * mlp + mlp + width
+    # Pooling has a query, attention of its own with a norm, and an MLP.
+    pooling = width + attention + feed_forward + 2 * width
+    outside = 16 * 16 * 3 * width + width + 196 * width + 2 * width + pooling
+    # Without prefix tokens a mixer has no use for the attention's weights, nor its global branch for a class token.
+    mixer = width * rank + (rank + 1) * (8 * rank + 12) + 9 * width + 4 * rank * width + width * width + width
+    norms = 2 * 2 * width
+    assert found["parameters"] == {
+        "teacher": 12 * (attention + feed_forward + norms) + outside,
+        "student": 12 * (mixer + feed_forward + norms) + outside,
+    }
+
+
 @pytest.mark.parametrize(
     ("stages", "names"), [((0,), []), ((0, 1), ["align"]), ((2,), ["recover"]), ((1, 2), ["align", "recover"])]
 )
@@ -125,8 +197,21 @@ def test_blocks_to_be_chosen_cost_what_the_last_ones_cost(default):
         ("resnet18", {}, "not a plain timm VisionTransformer"),
         ("vit_tiny", {"img_size": 100}, "no multiple of the patch"),
         ("vit_tiny", {"keep": "every:1"}, "leaves none to convert"),
+        ("vit_tiny", {"sizes": (224, 500)}, "image size 500x500 is no multiple of the patch 16x16"),
     ],
 )
 def test_what_cannot_be_done_cannot_be_planned(default, teacher, options, message):
+    sizes = options.pop("sizes", ())
+    recipe = replace(default, curriculum=replace(default.curriculum, sizes=sizes))
     with pytest.raises(UserError, match=message):
-        plan(teacher, default, **options)
+        plan(teacher, recipe, **options)
+
+
+def test_a_dry_run_shows_each_size(run_cli):
+    shown = run_cli("distill", "--teacher", "dinov2_small", "--recipe", "hires", "--dry-run")
+    assert shown.exit_code == 0, shown.output
+    rows = {words[0]: words[1:3] for line in shown.stdout.splitlines() if (words := line.split())}
+    curriculum = load_recipe("hires").curriculum
+    for number, size in enumerate(curriculum.sizes):
+        spec = curriculum.at(number)
+        assert rows[f"curriculum-{size}"] == [f"{spec.steps:,}", f"{spec.steps * spec.batch_size:,}"]

@@ -13,6 +13,7 @@ from gspn2convert.errors import RecipeError, UserError
 from gspn2convert.recipe import (
     Align,
     Augment,
+    Curriculum,
     Fit,
     Mixer,
     Recipe,
@@ -109,7 +110,27 @@ def test_bundled_recipes() -> None:
     assert load_recipe("demo").mixer.resolve(96)["proxy_dim"] == 24
     assert load_recipe("default").mixer.resolve(768)["proxy_dim"] == 96
     paper = load_recipe("paper").mixer
+    assert load_recipe("hires").curriculum.sizes[-1] == 518
     assert paper == Mixer(proxy_dim=2, lpu=False, global_branch=False, prefix="exact", prefix_gate=False)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "batch_size", "expected"),
+    [
+        ((224, 448, 896), 128, [128, 32, 8]),
+        ((336, 518), 96, [96, 40]),  # 40.4
+        ((224, 336), 144, [144, 64]),  # exactly, and not 56 for a rounding error
+        ((384, 1024), 100, [100, 8]),  # 14.1, and a multiple of 8
+        ((224, 896), 64, [64, 8]),  # not 0 for 4
+        ((36, 44), 4, [4, 4]),  # no more images than at the first size
+    ],
+)
+def test_curriculum_takes_as_many_tokens_a_step_at_each_size(
+    sizes: tuple[int, ...], batch_size: int, expected: list[int]
+) -> None:
+    curriculum = Curriculum(sizes=sizes, batch_size=batch_size, lr=1e-3)
+    found = [curriculum.at(number) for number in range(len(sizes))]
+    assert found == [replace(curriculum, batch_size=size) for size in expected]
 
 
 def test_default_recipe_writes_every_field() -> None:
@@ -120,7 +141,7 @@ def test_default_recipe_writes_every_field() -> None:
             value = value[part]
 
 
-@pytest.mark.parametrize("name", ["default", "demo", "paper"])
+@pytest.mark.parametrize("name", ["default", "demo", "hires", "paper"])
 def test_dump_reads_back_equal(name: str) -> None:
     recipe = load_recipe(name)
     assert parse_recipe(dump_recipe(recipe), "dump") == recipe
@@ -209,11 +230,23 @@ def test_mixer_that_does_not_suit_the_teacher(mixer: Mixer, message: str) -> Non
         ({"mixer__proxy_dim": 0}, "recipe.mixer.proxy_dim: expected an integer of 1 or more, or a share"),
         ({"mixer__proxy_dim": "C/8\n"}, "recipe.mixer.proxy_dim: expected"),
         ({"keep": "first:2"}, "recipe.keep: expected 'none', block numbers"),
+        ({"curriculum__sizes": [44, 36]}, "recipe.curriculum.sizes: expected ascending pixels such as [384, 518]"),
+        ({"curriculum__sizes": [36, 36]}, "recipe.curriculum.sizes: expected ascending pixels"),
+        ({"curriculum__sizes": [0, 36]}, "recipe.curriculum.sizes: expected ascending pixels"),
+        ({"curriculum__sizes": [36.0]}, "recipe.curriculum.sizes: expected ascending pixels"),
+        ({"curriculum__sizes": [True]}, "recipe.curriculum.sizes: expected ascending pixels"),
+        ({"curriculum__sizes": 384}, "recipe.curriculum.sizes: expected ascending pixels such as [384, 518], or []"),
+        ({"curriculum__target": "guide"}, "recipe.curriculum.target: expected one of teacher, reduced, previous, got"),
+        ({"curriculum__losses__patch": -1}, "recipe.curriculum.losses.patch: expected a number of 0 or more, got -1"),
+        ({"curriculum__losses__kd": 1.0}, "recipe.curriculum.losses: unknown field 'kd'; known are prefix, patch,"),
+        ({"size": -1}, "recipe.size: expected an integer of 0 or more, got -1"),
         ({"name": "two\nlines"}, "recipe.name: expected a name of letters"),
         # Between fields
         ({"align__final_lr": 0.1}, "recipe.align.final_lr: expected at most lr 0.002, got 0.1"),
         ({"recover__losses": dict.fromkeys(["prefix", "patch", "smooth_l1", "mixer", "logits"], 0)},
          "recipe.recover.losses: every weight is 0"),
+        ({"curriculum__losses": dict.fromkeys(["prefix", "patch", "smooth_l1", "mixer", "logits"], 0)},
+         "recipe.curriculum.losses: every weight is 0"),
     ],
 )  # fmt: skip
 def test_mistake_in_a_field_names_its_place(change: dict[str, Any], message: str) -> None:

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from gspn2convert.model import build_student
 from gspn2convert.recipe import Align, Mixer, Recover, RecoverLosses
-from gspn2convert.stage import AlignStage, RecoverStage, channel_statistics
+from gspn2convert.stage import AlignStage, RecoverStage, channel_statistics, tapped_tokens
 
 LOSSES = RecoverLosses(prefix=1.0, patch=0.9, smooth_l1=0.1, mixer=0.5, logits=0.7, temperature=2.0, mixer_until=0.6)
 IMAGES = torch.randn(4, 3, 32, 48, generator=torch.Generator().manual_seed(1))
@@ -102,7 +102,7 @@ def test_recover_terms_by_hand(pair):
             F.softmax(teacher(IMAGES).double() / 2, -1),
             reduction="batchmean",
         ),
-        "mixer": by_hand_mixer_term(student, teacher),
+        "mixer": by_hand_mixer_term(student, teacher, tapped_tokens(0.3, 3 + 4 * 6)),
     }
     for name, value in expected.items():
         assert terms[name].item() == pytest.approx(value.item(), rel=1e-4, abs=1e-7), name
@@ -111,18 +111,27 @@ def test_recover_terms_by_hand(pair):
     assert terms["loss"].item() == pytest.approx(total, rel=1e-4)
 
 
-def by_hand_mixer_term(student, teacher):
-    """Mean over layers of the LayerNorm'd difference, each model on its own stream; all tokens."""
+def by_hand_mixer_term(student, teacher, tokens):
+    """Mean over layers of the LayerNorm'd difference, each model on its own stream; some tokens."""
     x = teacher._pos_embed(teacher.patch_embed(IMAGES))
     y, values = student._pos_embed(student.patch_embed(IMAGES)), []
     for theirs, ours in zip(teacher.blocks, student.blocks, strict=True):
         target = theirs.attn(theirs.norm1(x))
         mixed = ours.attn(ours.norm1(y), (4, 6))
-        values.append(F.mse_loss(F.layer_norm(mixed, (32,)), F.layer_norm(target, (32,))))
+        pair = (F.layer_norm(each, (32,))[:, tokens] for each in (mixed, target))
+        values.append(F.mse_loss(*pair))
         x = theirs(x)
         y = y + ours.ls1(mixed)
         y = y + ours.ls2(ours.mlp(ours.norm2(y)))
     return torch.stack(values).mean()
+
+
+@pytest.mark.parametrize("count", [1, 3, 4, 27])
+def test_every_token_is_tapped_in_its_turn(count):
+    steps = [range(count)[tapped_tokens(step / 1000, count)] for step in range(1000)]
+    share = torch.bincount(torch.tensor([token for tokens in steps for token in tokens]), minlength=count) / 1000
+    assert all(len(tokens) for tokens in steps)
+    assert share.tolist() == pytest.approx([1 / min(4, count)] * count, abs=0.06)
 
 
 def test_mixer_term_fades_linearly_and_is_left_out_then(pair):

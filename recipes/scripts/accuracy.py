@@ -1,10 +1,12 @@
 r"""Convert a teacher by a recipe, and by everything that the recipe must be compared with; measure what is kept.
 
-Each row is one conversion with one seed; a results file holds many, and a run adds its rows to it. Two settings:
+Each row is one conversion with one seed; a results file holds many, and a run adds its rows to it. Three settings,
+to which come --rows, --work and --output:
 
-    fashion: python recipes/scripts/accuracy.py --setting fashion --teacher FOLDER --data FASHION --rows pure,auto
-    dinov2:  python recipes/scripts/accuracy.py --setting dinov2 --teacher dinov2_small --teacher-weights FILE \
-                 --data PHOTOS --fashion FASHION --rows pure,auto
+    demo:    python recipes/scripts/accuracy.py --setting demo --teacher demo --data demo --precision fp32
+    fashion: python recipes/scripts/accuracy.py --setting fashion --teacher FOLDER --data FASHION --cache
+    dinov2:  python recipes/scripts/accuracy.py --setting dinov2 --teacher dinov2_small --data PHOTOS --cache \
+                 --fashion FASHION
 
 FOLDER is what train_fashion_teacher.py wrote, FASHION a folder with torchvision's Fashion-MNIST, PHOTOS what
 make_photos.py wrote. Run from the repository's root; `--rows help` lists the rows.
@@ -66,6 +68,7 @@ class Row:
 ROWS = {
     "pure": Row(what="no attention left"),
     "auto": Row(what="3 blocks keep attention, chosen automatically", keep="auto:3"),
+    "auto2": Row(what="2 blocks keep attention, chosen automatically", keep="auto:2"),
     "every": Row(what="blocks 3, 7 and 11 keep attention", keep="every:4"),
     "last": Row(what="the last 3 blocks keep attention", keep="last:3"),
     "stage0": Row(what="stage 0 alone", stages=(0,)),
@@ -86,17 +89,16 @@ class Setting:
     Attributes:
         recipe: name of the recipe.
         size: image size in pixels, None for the teacher's own.
-        in_chans: channels of the images.
     """
 
     recipe: str
-    size: int | None
-    in_chans: int
+    size: int | None = None
 
 
 SETTINGS = {
-    "fashion": Setting(recipe="fashion_mnist_vit_tiny", size=None, in_chans=1),
-    "dinov2": Setting(recipe="dinov2_small_photos", size=224, in_chans=3),
+    "demo": Setting(recipe="demo"),
+    "fashion": Setting(recipe="fashion_mnist_vit_tiny"),
+    "dinov2": Setting(recipe="dinov2_small_photos", size=224),
 }
 
 
@@ -108,7 +110,13 @@ def convert(row: Row, recipe: Recipe, teacher: VisionTransformer, arguments: arg
     if row.after is not None:
         given = gspn2convert.load(folder_of(row.after, recipe, arguments), img_size=teacher.patch_embed.img_size)
     folder = folder_of(arguments.row, recipe, arguments)
-    options = Options(output=folder, stages=row.stages, precision="bf16", workers=arguments.workers, cached=True)
+    options = Options(
+        output=folder,
+        stages=row.stages,
+        precision=arguments.precision,
+        workers=arguments.workers,
+        cached=arguments.cache,
+    )
     keep = read_keep(row.keep, len(teacher.blocks))
     began = time.monotonic()
     metrics = distill_student(
@@ -191,6 +199,8 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", default="0", help="[%(default)s]")
     parser.add_argument("--recipe", help="name or file, in place of the setting's")
     parser.add_argument("--workers", type=int, default=8, help="processes that read images [%(default)s]")
+    parser.add_argument("--precision", default="bf16", help="as for gspn2convert distill [%(default)s]")
+    parser.add_argument("--cache", action="store_true", help="as for gspn2convert distill")
     parser.add_argument("--work", type=Path, required=True, help="folder for the converted models")
     parser.add_argument("--output", type=Path, required=True, help="results file to add to")
     parser.add_argument("--commit", default=commit(), help="commit to note [this checkout's]")

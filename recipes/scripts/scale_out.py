@@ -1,8 +1,9 @@
-"""Check on two GPUs that a run is the same run: its losses, and its end after a resume on one of them.
+"""Check that a run on two GPUs is the run on one: its losses, and its end after a resume on one of them.
 
     python recipes/scripts/scale_out.py --output recipes/results/scale_out.json
 
-The demo is converted in float32 three times: on one GPU, on two, and on two with an interruption, resumed on one.
+The demo is converted in float32 three times: by one process, by two, and by two with an interruption, resumed by one.
+Results are added under the device.
 """
 
 import argparse
@@ -21,23 +22,23 @@ from accuracy import add_row, commit
 
 from gspn2convert.environment import environment
 
-STEPS = 300
-RECIPE = f"""name: scale_out
+RECIPE = """name: scale_out
 fit: {{images: 128, held_out: 32}}
 align: {{steps: 0, batch_size: 32}}
-recover: {{steps: {STEPS}, batch_size: 32, ema: 0.97}}
+recover: {{steps: {steps}, batch_size: 32, ema: 0.97}}
 eval_every: 1
 held_out: 64
 """
 FIRST = 20
 
 
-def command(gpus: int, recipe: Path, folder: Path, *more: str) -> list[str]:
-    """The conversion's command on one or more GPUs."""
+def command(processes: int, recipe: Path, folder: Path, device: str, *more: str) -> list[str]:
+    """The conversion's command for one or more processes."""
     start = [sys.executable, "-m"]
-    if gpus > 1:
-        start += ["torch.distributed.run", "--nproc-per-node", str(gpus), "-m"]
-    asked = ["--teacher", "demo", "--recipe", str(recipe), "--output", str(folder), "--device", "cuda", *more]
+    if processes > 1:
+        # A port of its own: the usual one may be another program's.
+        start += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
+    asked = ["--teacher", "demo", "--recipe", str(recipe), "--output", str(folder), "--device", device, *more]
     return [*start, "gspn2convert", "distill", *asked]
 
 
@@ -47,9 +48,9 @@ def losses(folder: Path) -> list[float]:
     return [record["loss"] for record in history if record["stage"] == "recover" and "loss" in record]
 
 
-def interrupted(recipe: Path, folder: Path) -> None:
-    """Run on two GPUs until stage 2 has written a checkpoint, then ask it to stop."""
-    process = subprocess.Popen(command(2, recipe, folder), start_new_session=True)
+def interrupted(recipe: Path, folder: Path, device: str) -> None:
+    """Run two processes until stage 2 has written a checkpoint, then ask it to stop."""
+    process = subprocess.Popen(command(2, recipe, folder, device), start_new_session=True)
     checkpoint = folder / "checkpoint.safetensors"
     first = None
     while process.poll() is None:
@@ -68,34 +69,40 @@ def largest_difference(ours: list[float], theirs: list[float]) -> float:
     return max(abs(a - b) / abs(a) for a, b in zip(ours, theirs, strict=True))
 
 
-def main() -> None:
-    """Run, compare, and add to the results."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--commit", default=commit(), help="commit to note [this checkout's]")
-    parser.add_argument("--output", type=Path, required=True, help="results file to add to")
-    arguments = parser.parse_args()
+def compare(steps: int, device: str) -> dict[str, Any]:
+    """Run three times and compare the losses of stage 2."""
     with tempfile.TemporaryDirectory() as name:
         folder, curves = Path(name), {}
         recipe = folder / "recipe.yaml"
-        recipe.write_text(RECIPE)
-        for gpus in (1, 2):
-            subprocess.run(command(gpus, recipe, folder / f"{gpus}"), check=True)
-            curves[gpus] = losses(folder / f"{gpus}")
-        interrupted(recipe, folder / "resumed")
-        subprocess.run(command(1, recipe, folder / "resumed", "--resume"), check=True)
-        curves[0] = losses(folder / "resumed")
-    found: dict[str, Any] = {
-        "steps": STEPS,
-        "first_losses": {str(gpus): curves[gpus][:FIRST] for gpus in (1, 2)},
+        recipe.write_text(RECIPE.format(steps=steps))
+        for processes in (1, 2):
+            subprocess.run(command(processes, recipe, folder / f"{processes}", device), check=True)
+            curves[processes] = losses(folder / f"{processes}")
+        interrupted(recipe, folder / "resumed", device)
+        subprocess.run(command(1, recipe, folder / "resumed", device, "--resume"), check=True)
+        resumed = losses(folder / "resumed")
+    return {
+        "steps": steps,
+        "first_losses": {str(processes): curve[:FIRST] for processes, curve in curves.items()},
         "largest_relative_difference": {
-            f"first {FIRST} steps, two GPUs against one": largest_difference(curves[1][:FIRST], curves[2][:FIRST]),
-            "all steps, two GPUs against one": largest_difference(curves[1], curves[2]),
-            "all steps, resumed on one against two": largest_difference(curves[2], curves[0]),
+            f"first {FIRST} steps, two processes against one": largest_difference(curves[1][:FIRST], curves[2][:FIRST]),
+            "all steps, two processes against one": largest_difference(curves[1], curves[2]),
+            "all steps, resumed by one against two": largest_difference(curves[2], resumed),
         },
-        "commit": arguments.commit,
-        "environment": environment(torch.device("cuda")),
     }
-    add_row(arguments.output, "demo", found)
+
+
+def main() -> None:
+    """Run, compare, and add to the results."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="[%(default)s]")
+    parser.add_argument("--steps", type=int, default=300, help="of stage 2 [%(default)s]")
+    parser.add_argument("--commit", default=commit(), help="commit to note [this checkout's]")
+    parser.add_argument("--output", type=Path, required=True, help="results file to add to")
+    arguments = parser.parse_args()
+    found = compare(arguments.steps, arguments.device)
+    found |= {"commit": arguments.commit, "environment": environment(torch.device(arguments.device))}
+    add_row(arguments.output, arguments.device, found)
     print(found["largest_relative_difference"])
 
 

@@ -1,4 +1,4 @@
-"""Write the tables of the README from the JSON files that commands of this repository wrote.
+"""Write the tables of the READMEs from the JSON files that commands of this repository wrote.
 
 A table stands between `<!-- table:NAME -->` and `<!-- end -->`. Where its JSON is missing, a note takes its place.
 """
@@ -9,11 +9,11 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 PLACE = re.compile(r"(<!-- table:(\w+) -->\n).*?(?=<!-- end -->)", re.DOTALL)
+PAGES = ("README.md", "recipes/README.md")
 STAGES = {"fit": "stage 0", "align": "stage 1", "recover": "stage 2"}
 Document = dict[str, Any]
 Row = Sequence[str]
@@ -33,24 +33,100 @@ def demo(found: Document) -> list[str]:
         ("top-1 in ONNX Runtime", "", f"{found['onnx']['top1']:.2%}"),
         ("largest difference of the logits from PyTorch's", "", f"{found['onnx']['max_abs']:.1e}"),
         ("same first guess as the teacher", "", f"{student['agreement']:.2%}"),
-        ("mean error of the layers after stage 0", "", f"{found['fit_error']:.3f}"),
         ("parameters", f"{teacher['parameters']:,}", f"{student['parameters']:,}"),
-        ("M MACs for one image", f"{teacher['macs'] / 1e6:.1f}", f"{student['macs'] / 1e6:.1f}"),
         (f"seconds in all, {found['environment']['device']}", "", f"{sum(found['seconds'].values()):.0f}"),
     ]
     return grid((f"{student['images']:,} test images", "teacher", "student"), rows)
 
 
-def fit(found: Document) -> list[str]:
-    """What the closed-form fit alone makes of a larger teacher; one sentence."""
-    layers, after = found["layers"], found["stages"][0]
-    svd = mean(one["errors"]["svd"] for one in layers)
-    return [
-        f"`{found['teacher']}`, {len(layers)} layers, {after['seconds']:.0f} s on an {found['environment']['device']}:"
-        f" mean held-out error {found['fit_error']:.3f} ({svd:.3f} for an SVD of the",
-        f"attention's weights), cosine of the final patch tokens {after['patch_cosine']:.3f}, of the prefix tokens"
-        f" {after['prefix_cosine']:.3f}.",
+def percent(share: float) -> str:
+    """A share of 1 as text."""
+    return f"{share:.1%}"
+
+
+def dinov2(found: Document) -> list[str]:
+    """What students of DINOv2 keep, on photographs that no stage saw."""
+    columns = {
+        "no attention left": found["pure-0"],
+        f"blocks {', '.join(map(str, found['auto-0']['kept_layers']))} keep it": found["auto-0"],
+        "no attention left, taken on to 518 px": found["hires-0"],
+    }
+    figures = [one["evaluation"] for one in columns.values()]
+    probes = [one.get("fashion", {}) for one in figures]
+    rows = [
+        *(
+            (f"cosine of {name} tokens, mean (5th percentile)", *(mean_and_tail(one[key]) for one in figures))
+            for name, key in (("patch", "patch_cosine"), ("class", "prefix_cosine"))
+        ),
+        ("10 nearest images in common", *(percent(one["neighbour_agreement"]) for one in figures)),
+        *(
+            (f"{name} on Fashion-MNIST at 224 px (teacher {percent(probes[0][f'teacher_{key}'])})",)
+            + tuple(percent(one[key]) if one else "" for one in probes)
+            for name, key in (("k-NN", "knn"), ("linear probe", "linear"))
+        ),
+        (
+            f"minutes, {found['pure-0']['environment']['device']}",
+            *(f"{one['minutes']:.1f}" for one in columns.values()),
+        ),
     ]
+    return grid((f"DINOv2 ViT-S/14, {figures[0]['images']} crops of photographs", *columns), rows)
+
+
+def mean_and_tail(cosine: dict[str, float]) -> str:
+    """Mean and 5th percentile as text."""
+    return f"{cosine['mean']:.3f} ({cosine['p5']:.3f})"
+
+
+def fashion(found: Document) -> list[str]:
+    """Top-1 of the students of a ViT-Ti; two sentences."""
+    top1 = {name: f"{100 * row['evaluation']['top1']:.2f}" for name, row in found.items()}
+    pure = [top1[name] for name in found if name.startswith("pure")]
+    teacher = found["pure-0"]["evaluation"]["teacher_top1"]
+    return [
+        f"A ViT-Ti on Fashion-MNIST, top-1 {100 * teacher:.2f} %, keeps {' and '.join(pure)} % ({len(pure)} seeds)"
+        f" without attention and {top1['auto-0']} % with three blocks of it;",
+        f"attention that starts afresh reaches {top1['attention-0']} % by the same recipe, the paper's mixer"
+        f" {top1['paper-0']} %, stage 0 alone {top1['stage0-0']} %.",
+    ]
+
+
+def controls(found: Document) -> list[str]:
+    """Every row of a results file."""
+    rows = []
+    for name, row in found.items():
+        figures = row["evaluation"]
+        rows.append(
+            (
+                f"`{name}`: {row['what']}",
+                f"{figures['top1']:.2%}" if "top1" in figures else "",
+                *(f"{figures[key]['mean']:.3f}" for key in ("prefix_cosine", "patch_cosine")),
+                f"{figures['neighbour_agreement']:.3f}",
+                f"{row['minutes']:.1f}" + (" (shared)" if row["device_shared"] else ""),
+            )
+        )
+    return grid(("row, seed", "top-1", "class cosine", "patch cosine", "10 neighbours", "minutes"), rows)
+
+
+def throughput(found: Document) -> list[str]:
+    """Speed of stage 2 on one and two GPUs, and the parts of its step."""
+    one, two = found["1"], found["2"]
+    kinds = ("with the mixer term", "without it")
+    rows = [
+        (f"images/s, GPUs: {gpus}", *(f"{run[kind]['images_per_second']:.0f}" for kind in kinds))
+        for gpus, run in found.items()
+    ]
+    rows.append(
+        (
+            "two against one",
+            *(f"{two[kind]['images_per_second'] / one[kind]['images_per_second']:.2f}x" for kind in kinds),
+        )
+    )
+    rows += [
+        (f"{part}, ms", *(f"{one[kind]['parts_ms'][part]:.1f}" for kind in kinds)) for part in one[kinds[0]]["parts_ms"]
+    ]
+    return grid(
+        (f"`{one['teacher']}`, {one['batch_per_gpu']} images a GPU, {one['environment']['device']}", *kinds), rows
+    )
 
 
 def costs(found: Document) -> list[str]:
@@ -118,7 +194,11 @@ def scaling(found: Document) -> list[str]:
 
 TABLES: dict[str, tuple[str, Callable[[Document], list[str]]]] = {
     "demo": ("recipes/results/demo.json", demo),
-    "dinov2": ("recipes/results/dinov2_small_fit.json", fit),
+    "dinov2": ("recipes/results/dinov2_small_photos.json", dinov2),
+    "fashion": ("recipes/results/fashion_mnist_vit_tiny.json", fashion),
+    "fashion_rows": ("recipes/results/fashion_mnist_vit_tiny.json", controls),
+    "dinov2_rows": ("recipes/results/dinov2_small_photos.json", controls),
+    "throughput": ("recipes/results/throughput.json", throughput),
     "costs": ("recipes/results/costs.json", costs),
     "models": ("kernels/benchmarks/results/models_h100.json", models),
     "sublayers": ("kernels/benchmarks/results/mixer_h100.json", sublayers),
@@ -143,19 +223,19 @@ def render(text: str, root: Path) -> tuple[str, list[str]]:
 
 
 def main() -> None:
-    """Rewrite or check the README."""
+    """Rewrite or check the pages."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--check", action="store_true", help="change nothing; fail if README.md is stale")
+    parser.add_argument("--check", action="store_true", help="change nothing; fail if a page is stale")
     only_check = parser.parse_args().check
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    fresh, missing = render(text, ROOT)
-    for path in missing:
-        print(f"no {path}: its table is left out", file=sys.stderr)
-    if not only_check:
-        readme.write_text(fresh)
-    elif fresh != text:
-        sys.exit("README.md is stale; mend it with: python recipes/scripts/tables.py")
+    for name in PAGES:
+        text = (ROOT / name).read_text()
+        fresh, missing = render(text, ROOT)
+        for path in missing:
+            print(f"no {path}: its table is left out", file=sys.stderr)
+        if not only_check:
+            (ROOT / name).write_text(fresh)
+        elif fresh != text:
+            sys.exit(f"{name} is stale; mend it with: python recipes/scripts/tables.py")
 
 
 if __name__ == "__main__":

@@ -153,18 +153,14 @@ def recorded(step: Callable[[], None]) -> Callable[[], None]:
 
 def train(model: nn.Module, images: Tensor, labels: Tensor, arguments: argparse.Namespace) -> nn.Module:
     """Train the model and return a copy of it with the running average of its weights."""
-    several, rank, world = dist.is_initialized(), 0, 1
-    if several:
-        rank, world = dist.get_rank(), dist.get_world_size()
-    size = arguments.batch_size
-    per_epoch = len(images) // size
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    size, per_epoch = arguments.batch_size, len(images) // arguments.batch_size
     steps = min(arguments.epochs * per_epoch, arguments.max_steps or sys.maxsize)
     average = copy.deepcopy(model).requires_grad_(False)
     batch_images, batch_labels = images[: size // world].clone(), labels[: size // world].clone()
     lr, share, last = (torch.zeros((), device=images.device) for _ in range(3))
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.05, fused=True, capturable=images.is_cuda
-    )
+    how = {"betas": (0.9, 0.98), "weight_decay": 0.05, "fused": True, "capturable": images.is_cuda}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, **how)
     assert optimizer.param_groups[0]["lr"] is lr
 
     def step() -> None:
@@ -174,7 +170,7 @@ def train(model: nn.Module, images: Tensor, labels: Tensor, arguments: argparse.
             loss = mixed_loss(model, views, batch_labels, share, arguments.smoothing)
         last.copy_(loss.detach())
         loss.backward()
-        if several:
+        if world > 1:
             share_gradients(model)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

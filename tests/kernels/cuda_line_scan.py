@@ -2,7 +2,7 @@
 
     python tests/kernels/cuda_line_scan.py --output line_scan.json
 
-Shapes: B batch, H W grid, C channels, G groups. A plan is (wide, positions, stages, line_warps, channel_warps, stream,
+Shapes: B batch, H W grid, C channels, G groups. A plan is (wide, positions, stages, line_warps, channel_warps,
 helped), see `Plan` in line_scan.cu.
 """
 
@@ -94,10 +94,10 @@ class Library:
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
         if plan is None:
             return self.call("scan", inputs, y, segment, stream)
-        return self.call("scan_by_plan", inputs, y, segment, stream, (ctypes.c_int * 7)(*plan))
+        return self.call("scan_by_plan", inputs, y, segment, stream, (ctypes.c_int * 6)(*plan))
 
     def plan(self, inputs: list[Tensor], y: Tensor, segment: int) -> list[int]:
-        numbers = (ctypes.c_int * 7)()
+        numbers = (ctypes.c_int * 6)()
         text = self.call("choose", inputs, y, segment, numbers)
         if text is not None:
             raise RuntimeError(text)
@@ -187,11 +187,10 @@ def plans(length: int, row: int) -> Iterator[tuple[int, ...]]:
     for positions in (1, 2, 3, 4, 5):
         for channel_warps in (1, 2, 4):
             if row % (32 * channel_warps) == 0:
-                for stream in (0, 1):
-                    yield 1, positions, 0, -(-length // (16 * positions)), channel_warps, stream, 0
+                yield 1, positions, 0, -(-length // (16 * positions)), channel_warps, 0
     for positions, stages in ((1, 3), (2, 3), (4, 3), (4, 2)):
         for helped in (0, 1):
-            yield 0, positions, stages, -(-length // (8 * positions)), 1, 0, helped
+            yield 0, positions, stages, -(-length // (8 * positions)), 1, helped
 
 
 def milliseconds(function: Callable[[], object], launches: int, replays: int) -> float:

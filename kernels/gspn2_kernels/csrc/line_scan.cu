@@ -18,7 +18,7 @@ namespace {
 struct Plan {
   bool wide;
   int positions, stages, line_warps, channel_warps;
-  bool stream, helped;
+  bool helped;
 };
 
 // What the host has to know of a compiled kernel.
@@ -29,7 +29,7 @@ struct Kernel {
 };
 
 struct Device {
-  int processors, shared_bytes, l2_bytes;
+  int processors, shared_bytes;
 };
 
 template <class Tile>
@@ -117,7 +117,7 @@ bool ChooseWide(const Shape& shape, Dtype dtype, const Device& device, Plan* pla
     const int64_t positions = Quotient(length, line_warps * lanes);
     // Without the warps that would hold nothing.
     line_warps = Quotient(length, positions * lanes);
-    *plan = {true, static_cast<int>(positions), 0, static_cast<int>(line_warps), channel_warps, plan->stream, false};
+    *plan = {true, static_cast<int>(positions), 0, static_cast<int>(line_warps), channel_warps, false};
     if (Fits(shape, dtype, *plan, device)) return true;
   }
   return false;
@@ -130,7 +130,7 @@ bool ChooseThin(const Shape& shape, Dtype dtype, const Device& device, Plan* pla
   const int64_t positions = length <= 32 ? 1 : length <= 128 ? 2 : 4;
   for (const int stages : {3, 2}) {
     *plan = {false, static_cast<int>(positions), stages, static_cast<int>(Quotient(length, positions * lanes)), 1,
-             plan->stream, length <= kLanes / 2 * positions * lanes};
+             length <= kLanes / 2 * positions * lanes};
     if (Fits(shape, dtype, *plan, device)) return true;
   }
   return false;
@@ -140,7 +140,7 @@ bool ChoosePlain(const Shape& shape, const Device& device, Plan* plan) {
   const int64_t length = std::max(shape.height, shape.width);
   int64_t channels = std::min<int64_t>(shape.channels, 8);
   while (channels > 1 && 2 * length * channels * 4 > device.shared_bytes) --channels;
-  *plan = {false, 0, 0, 1, static_cast<int>(channels), false, false};
+  *plan = {false, 0, 0, 1, static_cast<int>(channels), false};
   return 2 * length * channels * 4 <= device.shared_bytes;
 }
 
@@ -154,9 +154,6 @@ bool CanCopy(const Shape& shape, Dtype dtype, const Scan& scan) {
 }
 
 bool Choose(const Shape& shape, Dtype dtype, const Scan& scan, const Device& device, Plan* plan) {
-  const int64_t row = shape.channels * SizeOf(dtype);
-  // Where all fits L2, the next operator finds it there. Short rows share a line of L2 between directions.
-  plan->stream = row >= 64 && 13 * shape.batch * shape.height * shape.width * row > device.l2_bytes / 2;
   if (CanCopy(shape, dtype, scan) &&
       (ChooseWide(shape, dtype, device, plan) || ChooseThin(shape, dtype, device, plan)))
     return true;
@@ -168,7 +165,6 @@ cudaError_t Query(Device* device) {
   cudaError_t error = cudaGetDevice(&id);
   if (!error) error = cudaDeviceGetAttribute(&device->processors, cudaDevAttrMultiProcessorCount, id);
   if (!error) error = cudaDeviceGetAttribute(&device->shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, id);
-  if (!error) error = cudaDeviceGetAttribute(&device->l2_bytes, cudaDevAttrL2CacheSize, id);
   return error;
 }
 
@@ -206,7 +202,7 @@ const char* LaunchPlan(const Shape& shape, Dtype dtype, const Plan& plan, const 
   scan.channel_blocks = static_cast<int>(channel_blocks);
   scan.line_warps = plan.line_warps, scan.channel_warps = plan.channel_warps;
   scan.groups_held = GroupsHeld(shape, block_channels);
-  scan.stream = plan.stream, scan.helped = plan.helped;
+  scan.helped = plan.helped;
   if (plain)
     scan.layout.total = static_cast<int>(2 * std::max(shape.height, shape.width) * block_channels * 4);
   else

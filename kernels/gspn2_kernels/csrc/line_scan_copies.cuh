@@ -39,7 +39,7 @@ struct Job {
 template <class Tile>
 class Copies {
  public:
-  __device__ Copies(const Scan& scan, const Job& job) : layout_(scan.layout), policy_(CachePolicy(scan.stream)) {
+  __device__ Copies(const Scan& scan, const Job& job) : layout_(scan.layout) {
     constexpr int kSize = sizeof(typename Tile::Number);
     const int chunks = Tile::kRowChunks * scan.channel_warps;
     const int chunk = job.mover % chunks, channel = job.channel + chunk * (kChunk / kSize);
@@ -84,8 +84,8 @@ class Copies {
       const bool wanted = position_ + pass * stride_ < limit;
       CopyAsync16(wanted, Chunk(at, pass), x_ + Pass(pass));
       const int64_t lam = lam_ + Pass(4 * pass), u = lam + u_beyond_lam_;
-      CopyAsync16(wanted, Chunk(at + layout_.tensor, pass), reinterpret_cast<const char*>(lam), policy_);
-      CopyAsync16(wanted, Chunk(at + 2 * layout_.tensor, pass), reinterpret_cast<const char*>(u), policy_);
+      CopyAsync16(wanted, Chunk(at + layout_.tensor, pass), reinterpret_cast<const char*>(lam));
+      CopyAsync16(wanted, Chunk(at + 2 * layout_.tensor, pass), reinterpret_cast<const char*>(u));
     }
     x_ += step_;
     lam_ += int64_t{4} * step_;
@@ -102,7 +102,7 @@ class Copies {
 #pragma unroll
     for (int pass = 0; pass < Tile::kPasses; ++pass) {
       const int64_t y = lam_ + y_beyond_lam_ + Pass(4 * pass);
-      Store16(position_ + pass * stride_ < limit, reinterpret_cast<char*>(y), line[pass], policy_);
+      Store16(position_ + pass * stride_ < limit, reinterpret_cast<char*>(y), line[pass]);
     }
   }
 
@@ -119,7 +119,6 @@ class Copies {
   // Addresses: lam, u and y have the same strides, and one of them is enough to follow.
   int64_t lam_, u_beyond_lam_, y_beyond_lam_;
   int step_, pass_, position_, stride_, positions_, limit_, shared_, shared_pass_;
-  uint64_t policy_;
 };
 
 // Turns logits into weights. A thread asks for the logits of its own positions, and needs no barrier to read them.

@@ -1,4 +1,5 @@
-// Instructions of a GPU for which C++ has no words: asynchronous copies, hints for the L2 cache, fast functions.
+// Instructions of a GPU for which C++ has no words: asynchronous copies and fast functions. Copies and stores carry no
+// hints for L2 (createpolicy, .L2::cache_hint): with them an H100 stopped at an illegal instruction.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -6,14 +7,6 @@
 #include <cstdint>
 
 namespace gspn2 {
-
-// How long L2 keeps what is read or written once. A stream that leaves first spares x, which four directions read.
-__device__ inline uint64_t CachePolicy(bool leave_first) {
-  uint64_t first, normal;
-  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(first));
-  asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(normal));
-  return leave_first ? first : normal;
-}
 
 // Keeps a number in a register, where the compiler would rather compute it anew for every line.
 __device__ inline void Keep(int& number) { asm volatile("" : "+r"(number)); }
@@ -27,14 +20,6 @@ __device__ inline void CopyAsync16(bool wanted, void* shared, const void* global
   asm volatile("{.reg .pred p; setp.ne.b32 p, %0, 0; @p cp.async.cg.shared.global [%1], [%2], 16;}" ::"r"(+wanted),
                "r"(SharedAddress(shared)), "l"(global)
                : "memory");
-}
-
-__device__ inline void CopyAsync16(bool wanted, void* shared, const void* global, uint64_t policy) {
-  asm volatile(
-      "{.reg .pred p; setp.ne.b32 p, %0, 0; @p cp.async.cg.shared.global.L2::cache_hint [%1], [%2], 16, %3;}" ::"r"(
-          +wanted),
-      "r"(SharedAddress(shared)), "l"(global), "l"(policy)
-      : "memory");
 }
 
 // Copies words that lie side by side, through L1.
@@ -64,11 +49,10 @@ __device__ inline void WaitForCopies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-__device__ inline void Store16(bool wanted, void* global, uint4 v, uint64_t policy) {
+__device__ inline void Store16(bool wanted, void* global, uint4 v) {
   asm volatile(
-      "{.reg .pred p; setp.ne.b32 p, %0, 0; @p st.global.L2::cache_hint.v4.b32 [%1], {%2, %3, %4, %5}, %6;}" ::"r"(
-          +wanted),
-      "l"(global), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "l"(policy)
+      "{.reg .pred p; setp.ne.b32 p, %0, 0; @p st.global.v4.b32 [%1], {%2, %3, %4, %5};}" ::"r"(+wanted), "l"(global),
+      "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
       : "memory");
 }
 

@@ -98,7 +98,7 @@ struct Scan {
   char* y;
   int height, width, channels, groups, segment;
   int channel_blocks, line_warps, channel_warps, groups_held;
-  bool stream, helped;
+  bool helped;
   Layout layout;
 };
 

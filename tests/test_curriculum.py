@@ -1,0 +1,316 @@
+"""Stage 3: targets on another grid against the definition, and a climb that is stopped against one that is not."""
+
+import importlib
+import json
+import signal
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import gspn2convert
+from gspn2convert.cache import ImageCache
+from gspn2convert.checkpoint import FILE_NAME, CheckpointStore
+from gspn2convert.conversion import Conversion
+from gspn2convert.curriculum import ReducedStage, resize_patches
+from gspn2convert.data import split_held_out
+from gspn2convert.demo_data import DemoSource
+from gspn2convert.distill import Options, distill_student
+from gspn2convert.errors import UserError
+from gspn2convert.evaluate import evaluate
+from gspn2convert.images import ImageSet
+from gspn2convert.interrupt import Interrupted
+from gspn2convert.model import build_student
+from gspn2convert.progress import Progress
+from gspn2convert.recipe import RecoverLosses, parse_recipe
+from gspn2convert.stage import channel_statistics
+from gspn2convert.teachers import load_teacher
+from gspn2convert.train import make_accelerator
+
+RECIPE = """
+name: climb
+mixer: {proxy_dim: 8}
+fit: {images: 16, held_out: 8, batch_size: 8}
+align: {steps: 2, batch_size: 4}
+recover: {steps: 2, batch_size: 4, ema: 0.5}
+curriculum: {sizes: [36, 44], steps: 4, batch_size: 8, ema: 0.5, target: TARGET}
+augment: {scale: [0.7, 1.0], color_jitter: 0.1}
+eval_every: 2
+held_out: 12
+"""
+TARGETS = ["teacher", "reduced", "previous"]
+IN_A_STEP = 8
+
+
+class Part:
+    """Some of the demo images; the one at a chosen read ends the process as if a user did."""
+
+    def __init__(self, split, count, terminate_at_read=None):
+        self.source, self.count = DemoSource(split), count
+        self.label_names, self.reads, self.terminate_at_read = self.source.label_names, 0, terminate_at_read
+
+    def __len__(self):
+        return self.count
+
+    def read(self, index):
+        self.reads += 1
+        if self.reads == self.terminate_at_read:
+            signal.raise_signal(signal.SIGTERM)
+        return self.source.read(index)
+
+    def where(self, index):
+        return self.source.where(index)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Tensors this small gain nothing from a second thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def climb(output, target, *, pictures=None, tests=20, recipe=RECIPE, **options):
+    """Convert the demo teacher; its metrics."""
+    sets = (
+        ImageSet("part", pictures or Part("train", 70), in_chans=1),
+        ImageSet("test", Part("test", tests), in_chans=1),
+    )
+    how = Options(output=output, device="cpu", quiet=True, **options)
+    return distill_student(
+        load_teacher("demo"), parse_recipe(recipe.replace("TARGET", target), "test"), *sets, how, teacher_name="demo"
+    )
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """For each target the folder of a whole run, its metrics, and how many images it read."""
+    runs = {}
+
+    def get(target):
+        if target not in runs:
+            folder, pictures = tmp_path_factory.mktemp(target) / "out", Part("train", 70)
+            runs[target] = folder, climb(folder, target, pictures=pictures), pictures.reads
+        return runs[target]
+
+    return get
+
+
+def pixels(indices, size):
+    """Demo images as the teacher wants to see them at a size, by Pillow and torch alone."""
+    source = DemoSource("train")
+    images = [source.read(index)[0].resize((size, size), 3) for index in indices]
+    return (torch.tensor(np.stack(images)).unsqueeze(1) / 255 - 0.286) / 0.353
+
+
+# Targets
+
+
+@pytest.mark.parametrize(("grid", "wanted"), [((4, 6), (7, 11)), ((5, 3), (8, 8)), ((7, 7), (9, 9)), ((6, 8), (3, 4))])
+@pytest.mark.parametrize("prefix", [0, 2])
+def test_a_ramp_stays_a_ramp(grid, wanted, prefix):
+    """Bilinear resizing is exact for linear values, but at the border, which it continues flat."""
+    rows, columns = torch.meshgrid(*(torch.arange(size) + 0.5 for size in grid), indexing="ij")
+    ramps = torch.stack([3 * rows, -2 * columns + 100, rows + 0.5 * columns], -1).flatten(0, 1)
+    front = torch.randn(2, prefix, 3, generator=torch.Generator().manual_seed(0))
+    tokens = torch.cat([front, ramps.expand(2, -1, -1)], 1)
+    found = resize_patches(tokens, grid, wanted)
+    assert torch.equal(found[:, :prefix], front)
+    places = [(torch.arange(new) + 0.5) * old / new for old, new in zip(grid, wanted, strict=True)]
+    rows, columns = torch.meshgrid(
+        *(place.clamp(0.5, old - 0.5) for place, old in zip(places, grid, strict=True)), indexing="ij"
+    )
+    expected = torch.stack([3 * rows, -2 * columns + 100, rows + 0.5 * columns], -1).flatten(0, 1)
+    torch.testing.assert_close(found[:, prefix:], expected.expand(2, -1, -1), atol=1e-4, rtol=0)
+
+
+def test_resizing_is_torchs_and_keeps_dtype_and_grid():
+    tokens = torch.randn(2, 1 + 15, 8, generator=torch.Generator().manual_seed(0)) + 5
+    image = tokens[:, 1:].transpose(1, 2).reshape(2, 8, 3, 5)
+    expected = F.interpolate(image, (7, 4), mode="bilinear").reshape(2, 8, 28).transpose(1, 2)
+    torch.testing.assert_close(resize_patches(tokens, (3, 5), (7, 4))[:, 1:], expected)
+    torch.testing.assert_close(resize_patches(tokens, (3, 5), (3, 5)), tokens, atol=1e-6, rtol=0)
+    low = tokens.bfloat16()
+    found = resize_patches(low, (3, 5), (7, 4))
+    assert torch.equal(found, resize_patches(low.float(), (3, 5), (7, 4)).bfloat16())
+
+
+def reduced_stage(teacher, size, guide=None, **losses):
+    student = build_student(teacher, (0, 1), {"proxy_dim": 8})
+    images = torch.randn(2, 3, *teacher.patch_embed.img_size, generator=torch.Generator().manual_seed(3))
+    statistics = channel_statistics(teacher, [images])
+    return ReducedStage(student, teacher, RecoverLosses(**losses), statistics, guide or teacher, size)
+
+
+@pytest.mark.parametrize("kind", [{}, {"class_token": False, "global_pool": "avg"}, {"reg_tokens": 2}])
+def test_targets_are_what_the_guide_says_of_the_reduced_image(make_teacher, kind):
+    teacher = make_teacher(**kind)
+    prefix = teacher.num_prefix_tokens
+    images = torch.randn(2, 3, 48, 80, generator=torch.Generator().manual_seed(1)) + 0.5
+    with torch.no_grad():
+        same = reduced_stage(teacher, (48, 80)).target(images)
+        torch.testing.assert_close(same, teacher.forward_features(images), atol=1e-4, rtol=1e-4)
+        found = reduced_stage(teacher, (32, 48)).target(images)
+        small = F.interpolate(images, (32, 48), mode="bicubic", antialias=True)
+        tokens = teacher.forward_features(small)
+    grid = tokens[:, prefix:].transpose(1, 2).reshape(2, 32, 4, 6)
+    patches = F.interpolate(grid, (6, 10), mode="bilinear").flatten(2).transpose(1, 2)
+    torch.testing.assert_close(found, torch.cat([tokens[:, :prefix], patches], 1))
+
+
+def test_the_checkpoint_has_a_previous_student_and_never_the_teacher(tiny_teacher):
+    previous = build_student(tiny_teacher, (0, 1), {"proxy_dim": 8})
+    for value in previous.parameters():
+        value.data.add_(0.01)
+    plain, guided = (reduced_stage(tiny_teacher, (32, 48), guide) for guide in (None, previous))
+    student = {f"student.{name}" for name in previous.state_dict()}
+    assert plain.state_dict().keys() == student | {"mean", "std"}
+    held = {f"previous.{name}": value for name, value in previous.state_dict().items()}
+    assert guided.state_dict().keys() == student | {"mean", "std"} | held.keys()
+    assert all(torch.equal(guided.state_dict()[name], value) for name, value in held.items())
+    for stage in (plain, guided):
+        trained = {name for name, value in stage.named_parameters() if value.requires_grad}
+        assert trained == {f"student.{name}" for name, _ in previous.named_parameters()}
+        assert "mixer" not in stage(torch.zeros(1, 3, 48, 80), 0.0)
+
+
+# The climb
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_student_ends_at_the_last_size_as_it_was_measured(undisturbed, target):
+    folder, metrics, _ = undisturbed(target)
+    names = ["fit", "align", "recover", "curriculum-36", "curriculum-44"]
+    assert [stage["stage"] for stage in metrics["stages"]] == names
+    history = [(record["stage"], record["step"]) for record in metrics["history"] if "evaluation" in record]
+    assert history[-4:] == [("curriculum-36", 2), ("curriculum-36", 4), ("curriculum-44", 2), ("curriculum-44", 4)]
+    assert metrics["stages_run"] == [0, 1, 2, 3]
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["model_args"]["img_size"], config["pretrained_cfg"]["input_size"]) == ([44, 44], [1, 44, 44])
+    student, teacher = gspn2convert.load(folder), load_teacher("demo")
+    _, unseen = split_held_out(70, 12, 0)
+    images = pixels(unseen, 44)
+    with torch.no_grad():
+        ours, theirs = student.forward_features(images), teacher.forward_features(images)
+    assert ours.shape == (12, 1 + 11 * 11, 96)
+    cosines = F.cosine_similarity(ours.double(), theirs.double(), dim=-1)
+    expected = {"prefix_cosine": cosines[:, 0].mean().item(), "patch_cosine": cosines[:, 1:].mean().item()}
+    last = metrics["stages"][-1]
+    assert {key: last[key] for key in expected} == pytest.approx(expected, abs=1e-4)
+
+
+def test_each_target_trains_another_student(undisturbed):
+    weights = [gspn2convert.load(undisturbed(target)[0]).head.weight.detach() for target in TARGETS]
+    for one, other in ((0, 1), (0, 2), (1, 2)):
+        assert float((weights[one] - weights[other]).abs().max()) > 1e-6
+
+
+def test_what_is_saved_is_what_was_trained(tmp_path, undisturbed):
+    """The same climb in memory gives the tokens of the saved folder, to the bit."""
+    folder, _, _ = undisturbed("previous")
+    sets = (ImageSet("part", Part("train", 70), in_chans=1), ImageSet("test", Part("test", 20), in_chans=1))
+    recipe, options = parse_recipe(RECIPE.replace("TARGET", "previous"), "test"), Options(output=tmp_path, device="cpu")
+    with Progress(quiet=True) as progress:
+        accelerator, store = make_accelerator("cpu"), CheckpointStore(tmp_path, {})
+        student = Conversion(load_teacher("demo"), recipe, *sets, options, accelerator, store, progress).stages(())
+    images = pixels(range(3), 44)
+    with torch.no_grad():
+        assert torch.equal(gspn2convert.load(folder).forward_features(images), student.forward_features(images))
+
+
+def test_top1_is_measured_at_the_size_of_the_stage(tmp_path):
+    """Of 200 images, of which the teacher guesses some otherwise at 44 px than at 36."""
+    metrics = climb(tmp_path / "out", "teacher", tests=200)
+    student = gspn2convert.load(tmp_path / "out")
+    expected = evaluate(student, None, ImageSet("test", Part("test", 200), in_chans=1), device=torch.device("cpu"))
+    assert metrics["stages"][-1]["top1"] == expected["top1"]
+
+
+def assert_same_end(folder, metrics, expected, expected_metrics):
+    assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in expected.iterdir())
+    for name in ("model.safetensors", "config.json", "recipe.yaml"):
+        assert (folder / name).read_bytes() == (expected / name).read_bytes(), name
+    for ours, theirs in zip(metrics["stages"], expected_metrics["stages"], strict=True):
+        assert {**ours, "seconds": 0} == {**theirs, "seconds": 0}
+
+
+@pytest.mark.parametrize(
+    ("target", "size", "left"),
+    [
+        ("previous", 36, 1),
+        ("teacher", 44, 3),
+        ("previous", 44, 3),
+        ("previous", 44, 1),
+    ],
+)
+def test_a_stopped_climb_goes_on_to_the_same_end(tmp_path, undisturbed, target, size, left):
+    expected, expected_metrics, reads = undisturbed(target)
+    stop = reads - IN_A_STEP * (left + 1) + 1  # the first image of the last step before those that are left
+    if size == 36:
+        stop -= 4 * IN_A_STEP + 12  # and the steps at 44 px, and the held-out images at that size
+    with pytest.raises(Interrupted, match=f"stopped in stage curriculum-{size} after {4 - left} of 4"):
+        climb(tmp_path / "out", target, pictures=Part("train", 70, stop))
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [FILE_NAME]
+    metrics = climb(tmp_path / "out", target, resume=True)
+    assert_same_end(tmp_path / "out", metrics, expected, expected_metrics)
+
+
+def test_a_climb_that_dies_before_it_is_saved_goes_on_to_the_same_end(tmp_path, undisturbed, monkeypatch):
+    def die(*arguments, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        # The package offers the function of this name in place of the module.
+        patch.setattr(importlib.import_module("gspn2convert.distill"), "save_student", die)
+        with pytest.raises(KeyboardInterrupt):
+            climb(tmp_path / "out", "teacher")
+    metrics = climb(tmp_path / "out", "teacher", resume=True)
+    assert_same_end(tmp_path / "out", metrics, *undisturbed("teacher")[:2])
+
+
+def test_a_stopped_climb_with_cached_images_goes_on_to_the_same_end(tmp_path, monkeypatch):
+    whole = climb(tmp_path / "whole", "previous", cached=True)
+    real, calls = ImageCache.view, []
+
+    def view(self, *arguments):
+        calls.append(self.size)
+        if len(calls) == 2 + 2 + 4 + 3:
+            signal.raise_signal(signal.SIGTERM)
+        return real(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ImageCache, "view", view)
+        with pytest.raises(Interrupted, match="stopped in stage curriculum-44 after 3 of 4"):
+            climb(tmp_path / "out", "previous", cached=True)
+    assert calls == [(28, 28)] * 4 + [(36, 36)] * 4 + [(44, 44)] * 3
+    with pytest.raises(UserError, match="started with another place where views are made"):
+        climb(tmp_path / "out", "previous", resume=True)
+    metrics = climb(tmp_path / "out", "previous", cached=True, resume=True)
+    assert_same_end(tmp_path / "out", metrics, tmp_path / "whole", whole)
+
+
+def test_sizes_that_the_teacher_cannot_take_are_an_error_before_anything_is_read(tmp_path):
+    pictures = Part("train", 70)
+    for recipe in (RECIPE.replace("[36, 44]", "[36, 42]"), RECIPE + "size: 42\n"):
+        with pytest.raises(UserError, match="image size 42x42 is no multiple of the patch 4x4; use 40 or 44"):
+            climb(tmp_path / "out", "teacher", pictures=pictures, recipe=recipe)
+    assert pictures.reads == 0
+    assert not (tmp_path / "out").exists()
+    metrics = climb(tmp_path / "out", "teacher", recipe=RECIPE.replace("[36, 44]", "[36, 42]"), stages=(0,))
+    assert [stage["stage"] for stage in metrics["stages"]] == ["fit"]
+
+
+def test_stages_0_to_2_run_at_the_size_of_the_recipe(tmp_path, undisturbed):
+    """What was measured after the fit is what a student that sees 36 px is worth."""
+    recipe = RECIPE + "size: 36\n"
+    metrics = climb(tmp_path / "out", "teacher", recipe=recipe, stages=(0,))
+    _, unseen = split_held_out(70, 12, 0)
+    images = pixels(unseen, 36)
+    student, teacher = gspn2convert.load(tmp_path / "out"), load_teacher("demo")
+    with torch.no_grad():
+        ours, theirs = student.forward_features(images), teacher.forward_features(images)
+    expected = F.cosine_similarity(ours.double(), theirs.double(), dim=-1)[:, 1:].mean().item()
+    assert metrics["stages"][0]["patch_cosine"] == pytest.approx(expected, abs=1e-4)
+    assert abs(metrics["stages"][0]["patch_cosine"] - undisturbed("teacher")[1]["stages"][0]["patch_cosine"]) > 1e-3

@@ -1,0 +1,194 @@
+"""Going on from a converted model: to the same end as in one run, and from nothing else than the teacher's own."""
+
+import re
+import signal
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from timm.layers import Attention
+from timm.models import save_for_hf
+from torch.nn.functional import cosine_similarity
+
+import gspn2convert
+from gspn2convert.checkpoint import FILE_NAME
+from gspn2convert.data import split_held_out
+from gspn2convert.distill import Options, distill
+from gspn2convert.errors import UserError
+from gspn2convert.interrupt import Interrupted
+from gspn2convert.mixer import Gspn2Mixer
+from gspn2convert.recipe import parse_recipe
+from gspn2convert.stage import RecoverStage
+
+RECIPE = """
+name: onward
+mixer: {proxy_dim: 8}
+fit: {images: 16, held_out: 4, batch_size: 8}
+align: {steps: 3, batch_size: 4}
+recover: {steps: 3, batch_size: 4, ema: 0.5}
+curriculum: {sizes: [40, 48], steps: 2, batch_size: 8, ema: 0.5}
+eval_every: 2
+held_out: 6
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Tensors this small gain nothing from a second thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def save_teacher(make_teacher, tmp_path):
+    """Saves a tiny teacher; its folder."""
+
+    def save(name="teacher", **kind):
+        vit = make_teacher(**kind)
+        vit.pretrained_cfg |= {"crop_pct": 1.0, "crop_mode": "squash"}
+        save_for_hf(vit, tmp_path / name, safe_serialization=True, model_args=vit._model_args)
+        return tmp_path / name
+
+    return save
+
+
+@pytest.fixture
+def run(save_teacher, tmp_path):
+    """Converts the tiny teacher by name; `run("out", stages=(0,), student=...)`."""
+    random = np.random.default_rng(0)
+    (tmp_path / "data").mkdir()
+    for number in range(30):
+        small = Image.fromarray(random.integers(0, 256, (4, 6, 3), dtype=np.uint8))
+        small.resize((48, 32), Image.Resampling.BICUBIC).save(tmp_path / "data" / f"{number:02}.png")
+    own = save_teacher()
+
+    def go(name, *, stages, recipe=RECIPE, teacher=own, resume=False, **what):
+        options = Options(output=tmp_path / name, stages=stages, device="cpu", quiet=True, resume=resume)
+        return distill(str(teacher), parse_recipe(recipe, "test"), str(tmp_path / "data"), options, **what)
+
+    return go
+
+
+def weights(folder):
+    return (folder / "model.safetensors").read_bytes()
+
+
+def scores(metrics, names):
+    stages = {stage["stage"]: {**stage, "seconds": 0} for stage in metrics["stages"]}
+    return [stages[name] for name in names]
+
+
+@pytest.mark.parametrize("keep", [None, "1"])
+def test_going_on_ends_where_one_run_does(run, tmp_path, keep):
+    whole = run("whole", stages=(0, 1, 2, 3), keep=keep)
+    run("fit", stages=(0,), keep=keep)
+    recovered = run("recovered", stages=(1, 2), student=tmp_path / "fit")
+    climbed = run("climbed", stages=(3,), student=tmp_path / "recovered")
+    assert weights(tmp_path / "climbed") == weights(tmp_path / "whole")
+    names = ["align", "recover", "curriculum-40", "curriculum-48"]
+    assert [*scores(recovered, names[:2]), *scores(climbed, names[2:])] == scores(whole, names)
+    # What it starts from stands in the place of the fit.
+    assert scores(climbed, ["fit"]) == [{**scores(whole, ["recover"])[0], "stage": "fit"}]
+    assert climbed["fit_error"] is None
+    assert climbed["stages_run"] == [3]
+    kept = [] if keep is None else [1]
+    assert (whole["kept_layers"], recovered["kept_layers"], climbed["kept_layers"]) == (kept, kept, kept)
+    blocks = gspn2convert.load(tmp_path / "climbed").blocks
+    assert [type(block.attn) for block in blocks] == [Gspn2Mixer, Attention if keep else Gspn2Mixer]
+
+
+def test_the_recipe_cannot_make_it_keep_other_blocks(run, tmp_path):
+    run("fit", stages=(0,), keep="1")
+    found = run("on", stages=(1,), student=tmp_path / "fit", recipe=RECIPE + 'keep: "0"\n')
+    assert found["kept_layers"] == [1]
+    assert set(found["history"][0]) >= {"layer.0"}
+    assert "layer.1" not in found["history"][0]
+
+
+def test_without_a_stage_it_stays_as_it_is_at_another_size(run, save_teacher, tmp_path):
+    square = save_teacher("square", img_size=(48, 48))  # timm resizes the position embeddings of square grids alone
+    run("fit", stages=(0,), teacher=square)
+    metrics = run("smaller", stages=(), student=tmp_path / "fit", img_size=40, teacher=square)
+    given, saved = gspn2convert.load(tmp_path / "fit", img_size=40), gspn2convert.load(tmp_path / "smaller")
+    assert tuple(saved.patch_embed.img_size) == (40, 40)
+    for name, value in given.state_dict().items():
+        assert torch.equal(saved.state_dict()[name], value), name
+    teacher = gspn2convert.load_teacher(str(square), img_size=40)
+    _, unseen = split_held_out(30, 6, 0)
+    pictures = [Image.open(tmp_path / "data" / f"{index:02}.png").resize((40, 40), 3) for index in unseen]
+    cfg = teacher.pretrained_cfg
+    mean, std = (torch.tensor(cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
+    images = (torch.tensor(np.stack(pictures)).permute(0, 3, 1, 2) / 255 - mean) / std
+    with torch.no_grad():
+        tokens = [vit.forward_features(images)[:, 1:].double() for vit in (saved, teacher)]
+    assert metrics["stages"][0]["patch_cosine"] == pytest.approx(
+        cosine_similarity(*tokens, dim=-1).mean().item(), abs=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "differing"),
+    [
+        ({"embed_dim": 48}, "blocks.0.ls1|blocks.0.mlp.fc1.bias"),
+        ({"depth": 3}, "blocks.2.mlp.fc1.bias"),
+        ({"num_classes": 7}, "head.bias"),
+        ({"reg_tokens": 2}, "pos_embed"),
+        ({"patch_size": 16}, "patch_embed.proj.weight"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_student_of_another_teacher_is_refused(run, save_teacher, tmp_path, kind, differing):
+    run("fit", stages=(0,))
+    other = save_teacher("other", **kind)
+    sentence = rf"fit is no student of this teacher: ({differing}) differs; name the teacher it came from$"
+    with pytest.raises(UserError, match=sentence):
+        run("on", stages=(1,), student=tmp_path / "fit", teacher=other)
+    assert not (tmp_path / "on").exists()
+
+
+def test_what_is_no_student_is_refused(run, run_cli, tmp_path):
+    run("fit", stages=(0,))
+    sentence = "--keep and --student exclude each other: the student's own blocks keep their attention"
+    with pytest.raises(UserError, match=f"^{re.escape(sentence)}$"):
+        run("on", stages=(1,), student=tmp_path / "fit", keep="0")
+    with pytest.raises(UserError, match="teacher holds a vit_tiny_patch16_224, which is not converted"):
+        run("on", stages=(1,), student=tmp_path / "teacher")
+    with pytest.raises(UserError, match="data has no config.json"):
+        run("on", stages=(1,), student=tmp_path / "data")
+    arguments = ("--teacher", tmp_path / "teacher", "--student", tmp_path / "fit", "--data", tmp_path / "data")
+    found = run_cli("distill", *arguments, "--output", tmp_path / "on", "--keep", "0", "--device", "cpu")
+    assert (found.exit_code, found.stderr.strip()) == (2, f"error: {sentence}")
+    assert not (tmp_path / "on").exists()
+
+
+def test_a_stopped_run_goes_on_with_the_student_that_it_was_given_alone(run, tmp_path, monkeypatch):
+    run("fit", stages=(0,))
+    run("other", stages=(0,), recipe=RECIPE.replace("rounds: 2", "rounds: 1").replace("images: 16", "images: 12"))
+    run("whole", stages=(2,), student=tmp_path / "fit")
+    stop_at_second_step(monkeypatch)
+    with pytest.raises(Interrupted, match="stopped in stage recover after 2 of 3"):
+        run("on", stages=(2,), student=tmp_path / "fit")
+    monkeypatch.undo()
+    before = (tmp_path / "on" / FILE_NAME).read_bytes()
+    for given in (tmp_path / "other", None):
+        with pytest.raises(UserError, match="started with another student; resume with what it was started with"):
+            run("on", stages=(2,), student=given, resume=True)
+    assert (tmp_path / "on" / FILE_NAME).read_bytes() == before
+    run("on", stages=(2,), student=tmp_path / "fit", resume=True)
+    assert weights(tmp_path / "on") == weights(tmp_path / "whole")
+
+
+def stop_at_second_step(monkeypatch):
+    """Let SIGTERM come while the second step of recovery is computed."""
+    real, steps = RecoverStage.forward, []
+
+    def forward(self, *arguments):
+        steps.append(arguments)
+        if len(steps) == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return real(self, *arguments)
+
+    monkeypatch.setattr(RecoverStage, "forward", forward)
