@@ -10,7 +10,6 @@ unless library and body agree.
 """
 
 import argparse
-import copy
 import statistics
 import tempfile
 import time
@@ -18,23 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import onnxruntime
 import torch
 from conditions import conditions, write
-from onnx import TensorProto, helper
+from onnx_files import OPERANDS, write_model, write_scan
 from pairs import teacher_and_student
 from timing import RUNS_AT_LEAST
-from torch import nn
 
 from gspn2_kernels import onnx_op
 from gspn2_kernels.testing import assert_close, random_inputs
-from gspn2convert import onnx_graph
-from gspn2convert.onnx_function import DOMAIN, NAME, line_scan_function
-from gspn2convert.position import make_resampling_portable
 
 SIZES = (224, 512, 1024)
-OPERANDS = ("x", "lam", "logits", "u")
 # fp32 through a dozen layers.
 TOLERANCE = 1e-5
 CPU = torch.device("cpu")
@@ -79,34 +72,8 @@ def export(name: str, folder: Path) -> tuple[Path, Path, int, int]:
     """Write student and teacher; returns their files, the proxy dimension and the size of a patch."""
     teacher, student = teacher_and_student(name)
     proxy, patch = teacher.embed_dim // 8, teacher.patch_embed.patch_size[0]
-    files = [write_model(model, folder / f"{kind}.onnx", patch) for kind, model in (("s", student), ("t", teacher))]
+    files = [write_model(model, folder / f"{kind}.onnx") for kind, model in (("s", student), ("t", teacher))]
     return files[0], files[1], proxy, patch
-
-
-def write_model(model: nn.Module, path: Path, patch: int) -> Path:
-    """Translate a model as `gspn2convert export` does."""
-    model = copy.deepcopy(model).requires_grad_(False)
-    make_resampling_portable(model)
-    free = {0: "batch", 2: "height", 3: "width"}
-    example = torch.zeros(2, 3, 14 * patch, 15 * patch)
-    graph = onnx_graph.translate(model, example, free=free, input_name="image", output_name="logits")
-    onnx_graph.save(graph, path)
-    return path
-
-
-def write_scan(path: Path) -> Path:
-    """Write a model of one LineScan with its body."""
-    shapes = [["B", "H", "W", "C"], ["B", "H", "W", 4, "C"], ["B", "H", "W", 4, "G", 3], ["B", "H", "W", 4, "C"]]
-    graph = helper.make_graph(
-        [helper.make_node(NAME, OPERANDS, ["y"], domain=DOMAIN, segment=0)],
-        "scan",
-        [helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in zip(OPERANDS, shapes, strict=True)],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, shapes[1])],
-    )
-    opsets = [helper.make_opsetid("", onnx_graph.OPSET), helper.make_opsetid(DOMAIN, 1)]
-    functions = [line_scan_function(onnx_graph.OPSET)]
-    onnx.save(helper.make_model(graph, opset_imports=opsets, functions=functions, ir_version=10), path)
-    return path
 
 
 def time_all(converted: Path, attention: Path | None, feeds: Feeds, arguments: argparse.Namespace) -> dict[str, Any]:
