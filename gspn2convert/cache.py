@@ -9,6 +9,7 @@ Shapes: M images, B views of one process, C channels, S side of a stored image, 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -69,7 +70,7 @@ class ImageCache:
         self._check_memory(len(indices) * channels * side * side, images, device)
         self.pixels = torch.empty(len(indices), channels, side, side, dtype=torch.uint8, device=device)
         self.aspects = torch.empty(len(indices), device=device)
-        views, done = Views(images, indices, lambda image: _stretched(image, side), 0), 0
+        views, done = Views(images, indices, functools.partial(_stretched, side=side), 0), 0
         for pixels, _, aspects in load(views, once(len(indices), 64), workers):
             self.pixels[done : done + len(pixels)] = pixels.to(device)
             self.aspects[done : done + len(pixels)] = aspects.to(device)
@@ -81,6 +82,7 @@ class ImageCache:
     def _check_memory(needed: int, images: ImageSet, device: torch.device) -> None:
         if device.type != "cuda":
             return
+        torch.cuda.empty_cache()  # else what torch holds in reserve would count as taken
         free = torch.cuda.mem_get_info(device)[0]
         if needed > SHARE_OF_MEMORY * free:
             raise UserError(
@@ -176,8 +178,8 @@ def cut(images: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
     x, y, half_width, half_height = boxes.T
     zero = torch.zeros_like(x)
     affine = torch.stack([half_width, zero, x, zero, half_height, y], 1).view(-1, 2, 3)
-    # Where a crop is reduced, four samples a pixel are averaged, for details too fine would turn into others.
-    fine = 2 if images.shape[-1] > 1.2 * max(size) else 1
+    # Where crops are reduced, several samples a pixel are averaged, for details too fine would turn into others.
+    fine = max(1, math.ceil(images.shape[-1] / (1.2 * max(size))))
     shape = [*images.shape[:2], fine * size[0], fine * size[1]]
     grid = F.affine_grid(affine, shape, align_corners=False)
     views = F.grid_sample(images, grid, mode="bicubic", padding_mode="reflection", align_corners=False)

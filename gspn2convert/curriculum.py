@@ -1,4 +1,4 @@
-"""Stage 3, curriculum: targets for sizes at which the teacher is not asked, or only on a reduced image.
+"""Stage 3, curriculum: targets from a guide that sees a reduced image.
 
 Shapes: B batch, N = P + H W tokens, P prefix tokens, C channels, H W grid of patches.
 """
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from timm.models import VisionTransformer
 from torch import Tensor
 
+from gspn2convert.errors import UserError
 from gspn2convert.model import Gspn2Vit
 from gspn2convert.recipe import Recipe, RecoverLosses
 from gspn2convert.stage import RecoverStage
@@ -20,7 +21,7 @@ from gspn2convert.vit import final_tokens, grid_size
 
 
 class ReducedStage(RecoverStage):
-    """Recovery at a size at which no teacher runs: the targets come from a guide that sees a reduced image.
+    """Recovery at a size at which no teacher is asked: the targets come from a guide that sees a reduced image.
 
     The guide's patch tokens are resized to the student's grid. There is no mixer term, for no other model has
     outputs on that grid.
@@ -29,7 +30,7 @@ class ReducedStage(RecoverStage):
         student: see `Objective`.
         teacher: gives the head for the logits.
         losses: weights of the terms; the mixer's is not used.
-        statistics: `channel_statistics` of the guide's patch tokens.
+        statistics: `channel_statistics` of the teacher's patch tokens.
         guide: ViT that gives the targets, the teacher or the student of an earlier size. It is frozen.
         size: height and width of the images that the guide sees.
     """
@@ -53,6 +54,27 @@ class ReducedStage(RecoverStage):
         reduced = F.interpolate(images, self.size, mode="bicubic", antialias=True, align_corners=False)
         tokens = final_tokens(self._guide[0], reduced)
         return resize_patches(tokens, grid_size(self.student, *self.size), grid_size(self.student, *images.shape[-2:]))
+
+
+def teacher_size(recipe: Recipe, img_size: int | None, stages: Sequence[int]) -> int | None:
+    """Size at which to load the teacher, in pixels; None for its own.
+
+    Without stage 3 it is the recipe's `size`, which the student keeps. With it the teacher stays at its own size, from
+    which timm resamples its position embedding to every other.
+
+    Args:
+        recipe: what to do.
+        img_size: what the user asked for, or None.
+        stages: which stages run.
+
+    Raises:
+        UserError: the user asked for another size than the recipe.
+    """
+    if not recipe.size or (3 in stages and recipe.curriculum.sizes):
+        return img_size
+    if img_size not in (None, recipe.size):
+        raise UserError(f"the recipe has size {recipe.size}, and --img-size is {img_size}; leave one of them out")
+    return recipe.size
 
 
 def check_sizes(teacher: VisionTransformer, recipe: Recipe, stages: Sequence[int]) -> None:

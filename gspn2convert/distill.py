@@ -14,7 +14,7 @@ from timm.models import VisionTransformer
 from gspn2convert.artifact import check_output_folder, holds_files, load, save_student
 from gspn2convert.checkpoint import CheckpointStore
 from gspn2convert.conversion import Conversion, Options
-from gspn2convert.curriculum import check_sizes
+from gspn2convert.curriculum import check_sizes, teacher_size
 from gspn2convert.data import ImageSet, open_images
 from gspn2convert.errors import UserError
 from gspn2convert.keep import Auto, read_keep
@@ -56,7 +56,8 @@ def distill(
         The metrics, which the output folder holds as metrics.json.
     """
     check_output_folder(options.output, options.resume)
-    vit = load_teacher(teacher, weights=teacher_weights, img_size=img_size)
+    size = teacher_size(recipe, img_size, options.stages)
+    vit = load_teacher(teacher, weights=teacher_weights, img_size=size)
     given = None if student is None else _load_given(student, vit, keep)
     kept = read_keep(recipe.keep if keep is None else keep, len(vit.blocks))
     channels = vit.patch_embed.proj.in_channels

@@ -9,7 +9,7 @@ from typing import Any
 from timm.models import VisionTransformer
 
 from gspn2convert.cost import Cost, cost, count_parameters, training_bytes
-from gspn2convert.curriculum import check_sizes
+from gspn2convert.curriculum import check_sizes, teacher_size
 from gspn2convert.keep import Auto, read_keep
 from gspn2convert.model import Gspn2Vit, build_student
 from gspn2convert.recipe import Align, Recipe, Recover
@@ -43,7 +43,7 @@ def plan(
         blocks are chosen in the course of the conversion, "automatic" says how many; the figures are then those of
         keeping the last ones, which cost the same, or none for a budget.
     """
-    vit = load_teacher(teacher, img_size=img_size, pretrained=False)
+    vit = load_teacher(teacher, img_size=teacher_size(recipe, img_size, stages), pretrained=False)
     check_sizes(vit, recipe, stages)
     depth, mixer = len(vit.blocks), recipe.mixer.resolve(vit.embed_dim)
     wanted = read_keep(recipe.keep if keep is None else keep, depth)

@@ -63,7 +63,7 @@ def test_commands_exist(line) -> None:
     while isinstance(command, click.Group):
         command = command.commands[words.pop(0)]
     # Values that only a real run has, such as folders, are not looked at; an unknown option is an error.
-    command.make_context("README", words, resilient_parsing=True)
+    command.make_context("README", words, resilient_parsing=True, help_option_names=["-h", "--help"])
 
 
 def test_every_command_has_an_example() -> None:

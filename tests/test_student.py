@@ -13,12 +13,13 @@ from torch.nn.functional import cosine_similarity
 
 import gspn2convert
 from gspn2convert.checkpoint import FILE_NAME
+from gspn2convert.curriculum import teacher_size
 from gspn2convert.data import split_held_out
 from gspn2convert.distill import Options, distill
 from gspn2convert.errors import UserError
 from gspn2convert.interrupt import Interrupted
 from gspn2convert.mixer import Gspn2Mixer
-from gspn2convert.recipe import parse_recipe
+from gspn2convert.recipe import load_recipe, parse_recipe
 from gspn2convert.stage import RecoverStage
 
 RECIPE = """
@@ -192,3 +193,17 @@ def stop_at_second_step(monkeypatch):
         return real(self, *arguments)
 
     monkeypatch.setattr(RecoverStage, "forward", forward)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "img_size", "stages", "size"),
+    [("hires", None, (0, 1, 2, 3), None), ("hires", None, (0, 1, 2), 224), ("hires", 518, (0, 3), 518)]
+    + [("dinov2_small_photos", None, (0, 1, 2, 3), 224), ("default", 336, (0,), 336)],
+)
+def test_size_of_the_teacher(recipe, img_size, stages, size):
+    assert teacher_size(load_recipe(recipe), img_size, stages) == size
+
+
+def test_two_sizes_that_differ():
+    with pytest.raises(UserError, match="recipe has size 224, and --img-size is 336; leave one of them out"):
+        teacher_size(load_recipe("dinov2_small_photos"), 336, (0, 1, 2, 3))

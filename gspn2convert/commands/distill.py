@@ -13,14 +13,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 _DEMO = "demo"
-# Recipes of teachers that have one of their own; all others take `default`.
-_RECIPES = {
-    _DEMO: "demo",
-    "vit_base": "vit_base_imagenet",
-    "dinov2_small": "dinov2_small_photos",
-    "dinov2_base": "dinov2_base",
-    "siglip2_base": "siglip2_base",
-}
+# Measured recipes of teachers that have one of their own; all others take `default`.
+_RECIPES = {_DEMO: "demo", "dinov2_small": "dinov2_small_photos"}
 _SCORES = {"patch_cosine": "patch cosine", "prefix_cosine": "prefix cosine"}
 _SHARES = {"agreement": "agreement", "top1": "top-1"}
 
