@@ -13,6 +13,7 @@ asked for, are more views to train on; none is a test image. The same arguments 
 
 import argparse
 import hashlib
+import itertools
 import json
 import math
 import random
@@ -32,17 +33,34 @@ SHORTEST = 480  # pixels of the short side
 # A step in brightness below this is none, and a picture that has so few others is a gradient or a plain surface.
 FLAT_STEP, FLAT_SHARE = 1.5, 0.75
 COPY_BITS = 28  # of 256 that differ at most in the fingerprints of two copies
+# Copies are often cut to the shape (width by height) of another screen: they agree in what both still show, which is
+# in the middle of one of them or at either end.
+SHAPES, PLACES = (16 / 9, 16 / 10, 3 / 2, 4 / 3, 1.0, 9 / 16), (0.0, 0.5, 1.0)
 TEST_EVERY = 6
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture worth cropping: its file, a digest of its bytes, its pixels, and 256 bits of what it looks like."""
+    """A picture worth cropping: its file, a digest of its bytes, its pixels, and its fingerprints, whole and cut."""
 
     path: Path
     digest: str
     pixels: int
-    looks: int
+    looks: list[set[int]]
+
+
+def fingerprint(grey: Image.Image, box: tuple[float, float, float, float] | None = None) -> int:
+    """Return 256 bits of what a part of a picture looks like: where it gets brighter from left to right."""
+    tiny = np.asarray(grey.resize((17, 16), Image.Resampling.LANCZOS, box=box), int)
+    return int.from_bytes(np.packbits(np.diff(tiny, axis=1) > 0).tobytes(), "big")
+
+
+def cut_fingerprints(grey: Image.Image, shape: float) -> set[int]:
+    """Return the fingerprints of a picture cut to a shape; a part with little to tell it by, as a sky, has none."""
+    width, height = min(grey.width, grey.height * shape), min(grey.height, grey.width / shape)
+    corners = [((grey.width - width) * place, (grey.height - height) * place) for place in PLACES]
+    looks = {fingerprint(grey, (left, top, left + width, top + height)) for left, top in corners}
+    return {each for each in looks if 64 < each.bit_count() < 192}
 
 
 def examine(path: Path) -> Picture | None:
@@ -59,16 +77,21 @@ def examine(path: Path) -> Picture | None:
     small = np.asarray(grey.resize((128, 128), Image.Resampling.LANCZOS), float)
     if (np.abs(np.diff(small, axis=1)) < FLAT_STEP).mean() > FLAT_SHARE:
         return None
-    tiny = np.asarray(grey.resize((17, 16), Image.Resampling.LANCZOS), int)
-    looks = int("".join("01"[bit] for bit in (tiny[:, 1:] > tiny[:, :-1]).flatten().astype(int)), 2)
+    looks = [{fingerprint(grey)}, *(cut_fingerprints(grey, shape) for shape in SHAPES)]
     return Picture(path, hashlib.sha256(path.read_bytes()).hexdigest(), width * height, looks)
+
+
+def are_copies(one: Picture, other: Picture) -> bool:
+    """Tell whether two pictures are the same but for size, compression, and edges that were cut off."""
+    pairs = (pair for views in zip(one.looks, other.looks, strict=True) for pair in itertools.product(*views))
+    return any((a ^ b).bit_count() <= COPY_BITS for a, b in pairs)
 
 
 def distinct(pictures: list[Picture]) -> list[Picture]:
     """Leave out copies in other sizes or crops; of several the largest stays."""
     kept: list[Picture] = []
     for picture in sorted(pictures, key=lambda each: (-each.pixels, each.digest)):
-        if all((picture.looks ^ other.looks).bit_count() > COPY_BITS for other in kept):
+        if not any(are_copies(picture, other) for other in kept):
             kept.append(picture)
     return sorted(kept, key=lambda each: each.digest)
 
