@@ -4,7 +4,12 @@ r"""Make a training set of photographs out of Debian's wallpapers.
         lomiri-wallpapers-20.04 opencv-doc tuxpaint-stamps-default dataset-fashion-mnist; do
         apt-get download $name; dpkg -x ${name}_*.deb unpacked/$name; done
     python recipes/scripts/make_photos.py --source unpacked --output photos \
+        --skip '*/ela_modified.*' '*/graf3.*' '*/aloeR.*' '*/aloeGT.*' '*/leuvenB.*' '*/aero3.*' \
         --fashion unpacked/dataset-fashion-mnist/usr/share/datasets/fashion-mnist
+
+The pictures that are skipped show what others show, a little moved. More photographs, among much else, are in these
+folders of other packages: usr/share/lxqt/wallpapers of lxqt-themes, usr/share/plasma/avatars/photos of
+plasma-workspace-data, usr/share/palapeli/collection of palapeli-data, usr/share/tuxpaint/templates of tuxpaint-data.
 
 Any folder with pictures will do as the source. Pictures that are small, nearly flat or a copy of another are left out.
 Every sixth picture is a test picture: crops of one picture are all in one split. Fashion-MNIST's training images, if
@@ -21,6 +26,7 @@ import sys
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 
@@ -124,6 +130,7 @@ def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", type=Path, required=True, help="folder that is searched for pictures")
     parser.add_argument("--output", type=Path, required=True, help="folder to make")
+    parser.add_argument("--skip", nargs="*", default=[], metavar="GLOB", help="pictures to leave out, as '*/graf3.*'")
     parser.add_argument("--size", type=int, default=640, help="side of the crops [%(default)s]")
     parser.add_argument("--crops", type=int, default=64, help="crops of a picture to train on [%(default)s]")
     parser.add_argument("--test-crops", type=int, default=24, help="crops of a test picture [%(default)s]")
@@ -142,7 +149,8 @@ def main() -> None:
     arguments = read_arguments()
     Image.MAX_IMAGE_PIXELS = None  # the packages are trusted
     warnings.simplefilter("ignore")
-    paths = sorted(path for path in arguments.source.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    paths = [path for path in sorted(arguments.source.rglob("*")) if path.suffix.lower() in SUFFIXES and path.is_file()]
+    paths = [path for path in paths if not any(fnmatch(str(path), pattern) for pattern in arguments.skip)]
     with ProcessPoolExecutor(arguments.workers) as pool:
         pictures = distinct([picture for picture in pool.map(examine, paths) if picture is not None])
         if len(pictures) < TEST_EVERY:
