@@ -17,6 +17,8 @@ from gspn2convert.errors import UserError
 from gspn2convert.images import ImageSet
 from gspn2convert.recipe import Augment
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CONFIG = {
     "input_size": (3, 24, 32),
     "mean": (0.5, 0.4, 0.3),
@@ -48,15 +50,6 @@ class Photos:
 
     def where(self, index):
         return f"photo {index}"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tensors this small gain nothing from a second thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def noise(*shape, seed=0):

@@ -19,6 +19,8 @@ from gspn2convert.model import build_student
 from gspn2convert.recipe import Align, Fit, Mixer, Recipe, Recover
 from gspn2convert.teachers import load_teacher
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 KINDS = {
     "class token": {},
     "class and register tokens, LayerScale": {"reg_tokens": 4, "init_values": 0.5},
@@ -30,15 +32,6 @@ KINDS = {
 }
 PAPER = Mixer(proxy_dim=2, lpu=False, global_branch=False, prefix_gate=False)
 every_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=list(KINDS))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tensors this small gain nothing from a second thread, and two test processes would fight for it."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def recipe(*, mixer=None, seed=0, **fit):

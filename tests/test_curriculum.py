@@ -28,6 +28,8 @@ from gspn2convert.stage import channel_statistics
 from gspn2convert.teachers import load_teacher
 from gspn2convert.train import make_accelerator
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 RECIPE = """
 name: climb
 mixer: {proxy_dim: 8}
@@ -61,15 +63,6 @@ class Part:
 
     def where(self, index):
         return self.source.where(index)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tensors this small gain nothing from a second thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def climb(output, target, *, pictures=None, tests=20, recipe=RECIPE, **options):

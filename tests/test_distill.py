@@ -34,6 +34,8 @@ from gspn2convert.recipe import parse_recipe
 from gspn2convert.teachers import load_teacher
 from gspn2convert.train import make_accelerator
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 DEMO_RECIPE = """
 name: short
 mixer: {proxy_dim: C/4}
@@ -90,15 +92,6 @@ class Pictures:
         values = torch.tensor(np.stack([np.asarray(self.images[i]) for i in indices])).permute(0, 3, 1, 2) / 255
         mean, std = (torch.tensor(cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
         return (values - mean) / std
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tensors this small gain nothing from a second thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -7,18 +7,11 @@ from torch.nn.functional import cosine_similarity
 from gspn2convert.held_out import HeldOut
 from gspn2convert.model import build_student
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # Batches of unequal size: their means must be weighted.
 IMAGES = torch.randn(13, 3, 32, 48, generator=torch.Generator().manual_seed(0))
 BATCHES = IMAGES.split(5)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tensors this small gain nothing from a second thread, and two test processes would fight for it."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def make_student(teacher):

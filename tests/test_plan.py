@@ -4,7 +4,6 @@ import socket
 from dataclasses import replace
 
 import pytest
-import torch
 
 from gspn2convert.cost import cost, training_bytes
 from gspn2convert.errors import UserError
@@ -12,6 +11,8 @@ from gspn2convert.model import build_student
 from gspn2convert.plan import plan
 from gspn2convert.recipe import load_recipe
 from gspn2convert.teachers import load_teacher
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 # ViT-Ti/16 at 224 px by the default recipe: R = C/8.
 C, R, HEADS, DEPTH, MLP, CLASSES, PATCHES = 192, 24, 3, 12, 768, 1000, 196
@@ -31,15 +32,6 @@ def nothing_to_reach(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     yield
     assert not list(tmp_path.iterdir())
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """A second thread is of no use here, and two test processes would fight for it."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -26,6 +26,8 @@ from gspn2convert.teachers import load_teacher
 from gspn2convert.train import make_accelerator
 from gspn2convert.vit import data_config
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 RECIPE = parse_recipe(
     """
 name: short
@@ -35,15 +37,6 @@ recover: {steps: 1, batch_size: 1}
 """,
     "test",
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tensors this small gain nothing from a second thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module", params=["head", "no head"])

@@ -22,6 +22,8 @@ from gspn2convert.mixer import Gspn2Mixer
 from gspn2convert.recipe import load_recipe, parse_recipe
 from gspn2convert.stage import RecoverStage
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 RECIPE = """
 name: onward
 mixer: {proxy_dim: 8}
@@ -32,15 +34,6 @@ curriculum: {sizes: [40, 48], steps: 2, batch_size: 8, ema: 0.5}
 eval_every: 2
 held_out: 6
 """
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tensors this small gain nothing from a second thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -26,6 +26,8 @@ from gspn2convert.recipe import Align, Mixer, Recover
 from gspn2convert.stage import AlignStage, RecoverStage, channel_statistics
 from gspn2convert.train import make_accelerator, train_stage
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SPECS = {
     "align": Align(steps=12, batch_size=4, lr=3e-3),
     "recover": Recover(steps=12, batch_size=4, mixer_lr=1e-3, lr=3e-4, ema=0.9),
@@ -131,15 +133,6 @@ def die_after(run, steps):
         raise ConnectionAbortedError
 
     return batches
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tensors this small gain nothing from a second thread, and two test processes would fight for it."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
