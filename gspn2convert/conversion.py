@@ -21,6 +21,7 @@ from gspn2convert.data import ImageSet, split_held_out
 from gspn2convert.environment import environment
 from gspn2convert.evaluate import class_of_label, evaluate
 from gspn2convert.held_out import HeldOut
+from gspn2convert.images import spread
 from gspn2convert.interrupt import Interrupted, StopWish
 from gspn2convert.keep import Auto
 from gspn2convert.model import Gspn2Vit, GspnBlock, build_student
@@ -166,8 +167,8 @@ class Conversion:
                 if stop.made:
                     raise Interrupted("fit", done, layers)
 
-            calibration = self.supply.plain(_spread(self.train, fit.images), fit.batch_size)
-            held_out = self.supply.plain(_spread(self.unseen, fit.held_out), fit.batch_size)
+            calibration = self.supply.plain(spread(self.train, fit.images), fit.batch_size)
+            held_out = self.supply.plain(spread(self.unseen, fit.held_out), fit.batch_size)
             student, reports = convert(self.teacher, recipe, calibration, held_out, keep, on_layer=layer_done)
         self.store.notes |= {"layers": [asdict(report) for report in reports], "scores": {}}
         self.store.seconds_spent["fit"] = time.monotonic() - began
@@ -284,9 +285,3 @@ def _stage_seed(seed: int, name: str) -> int:
 def _public(name: str) -> str:
     """A name for files that travel: the last part of a path says enough, and nothing of the machine."""
     return Path(name).name if Path(name).is_absolute() else name
-
-
-def _spread(indices: Sequence[int], count: int) -> list[int]:
-    """At most `count` of the indices, from all over the set, which a folder sorts by class."""
-    count = min(count, len(indices))
-    return [indices[i * len(indices) // count] for i in range(count)]

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gspn2convert.data import ImageSet, batches
 from gspn2convert.errors import UserError
+from gspn2convert.images import spread
 from gspn2convert.probes import (
     COMMON_NEIGHBOURS,
     Cka,
@@ -188,13 +189,13 @@ def _labels_of(training: ImageSet, images: ImageSet, labels: Tensor) -> Tensor:
 
 def _block_cka(run: _Run, images: ImageSet) -> list[float]:
     """Compare the patch tokens after each block."""
-    depth, count = len(blocks(run.models["student"])), min(len(images), CKA_IMAGES)
+    depth = len(blocks(run.models["student"]))
     sums = [Cka() for _ in range(depth)]
     with contextlib.ExitStack() as open_taps:
         taps = [open_taps.enter_context(Taps(model, range(depth), blocks)) for model in run.models.values()]
         firsts = [num_prefix(model) for model in run.models.values()]
         few = replace(run, batch_size=min(run.batch_size, _CKA_BATCH))
-        for _ in few.over(images, [place * len(images) // count for place in range(count)]):
+        for _ in few.over(images, spread(range(len(images)), CKA_IMAGES)):
             for block, one in enumerate(sums):
                 ours, theirs = (tap.outputs[block][:, p:].flatten(0, 1) for tap, p in zip(taps, firsts, strict=True))
                 one.add(ours, theirs)

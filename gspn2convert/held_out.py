@@ -13,6 +13,7 @@ from timm.models import VisionTransformer
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
+from gspn2convert.images import spread
 from gspn2convert.losses import kl
 from gspn2convert.vit import final_tokens, has_head, num_prefix
 
@@ -35,11 +36,11 @@ class HeldOut:
             self.logits = [self._logits(teacher, tokens) for tokens in self.tokens]
 
     def sample(self, count: int) -> HeldOut:
-        """At most `count` of the images, from all over the set, which a folder sorts by class."""
+        """At most `count` of the images, from all over the set."""
         total = sum(map(len, self.images))
         if count >= total:
             return self
-        chosen, first, part = {i * total // count for i in range(count)}, 0, copy.copy(self)
+        chosen, first, part = set(spread(range(total), count)), 0, copy.copy(self)
         part.images, part.tokens, part.logits = [], [], []
         for images, tokens, logits in zip(self.images, self.tokens, self.logits, strict=True):
             some = [i for i in range(len(images)) if first + i in chosen]

@@ -7,7 +7,7 @@ import importlib.util
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -20,6 +20,8 @@ from gspn2convert.splits import SPLIT_NAMES, pick_split
 from gspn2convert.tally import Tally
 
 _KINDS = "a folder of images, a .tar file, demo, torch/NAME:ROOT, wds/NAME:ROOT or hfds/NAME"
+T = TypeVar("T")
+
 _MODES = {1: "L", 3: "RGB"}
 
 
@@ -82,7 +84,7 @@ class ImageSet:
 
     def same_as(self, other: "ImageSet") -> bool:
         """Whether two sets are one: as many images, and alike pixel by pixel in eight places all over them."""
-        places = {place * len(self) // 8 for place in range(8)} if len(self) else set()
+        places = spread(range(len(self)), 8)
         return len(self) == len(other) and all(self._look(index) == other._look(index) for index in places)
 
     def _look(self, index: int) -> tuple[tuple[int, int], bytes] | str:
@@ -92,6 +94,12 @@ class ImageSet:
         except UnreadableImage as error:
             return str(error)
         return image.size, image.tobytes()
+
+
+def spread(items: Sequence[T], count: int) -> list[T]:
+    """At most `count` of some items, from all over them, for a folder sorts its images by class."""
+    count = min(count, len(items))
+    return [items[place * len(items) // count] for place in range(count)]
 
 
 def open_images(spec: str, split: str, *, in_chans: int = 3) -> ImageSet:

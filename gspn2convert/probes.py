@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize, one_hot
 
+from gspn2convert.images import spread
+
 NEIGHBOURS = 20
 # Temperature of the vote in the usual k-NN protocol for self-supervised ViTs (Wu et al., CVPR 2018).
 VOTE_TEMPERATURE = 0.07
@@ -192,8 +194,8 @@ def neighbour_agreement(student: Tensor, teacher: Tensor) -> float:
         0..1; about 10 / (M - 1) for features that have nothing to do with each other.
     """
     assert len(student) == len(teacher) > COMMON_NEIGHBOURS
-    count = min(len(student), COMMON_NEIGHBOURS_IMAGES)
-    chosen = torch.arange(count, device=student.device) * len(student) // count
+    chosen = torch.tensor(spread(range(len(student)), COMMON_NEIGHBOURS_IMAGES), device=student.device)
+    count = len(chosen)
     pair = student[chosen], teacher[chosen]
     common = 0
     for (rows, ours), (_, theirs) in zip(*(_cosines(one, one) for one in pair), strict=True):

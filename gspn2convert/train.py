@@ -97,7 +97,7 @@ def train_stage(
     frozen parameters, and the store marks the stage as finished.
 
     Args:
-        name: "align" or "recover"; names the stage in the recipe, the checkpoint and messages.
+        name: "align", "recover" or a size of the curriculum; names the stage in the checkpoint and messages.
         objective: the stage's loss; its teacher must be on the accelerator's device.
         spec: the stage's part of the recipe.
         batches: gives this process's images from a step on; step s must get the same images whenever asked.

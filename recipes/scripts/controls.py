@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from gspn2convert.convert import convert
 from gspn2convert.data import ImageSet, batches, split_held_out
+from gspn2convert.images import spread
 from gspn2convert.mixer import Gspn2Mixer
 from gspn2convert.model import Gspn2Vit, build_student
 from gspn2convert.recipe import Recipe
@@ -20,7 +21,7 @@ def without_scan(teacher: VisionTransformer, recipe: Recipe, images: ImageSet) -
     """Fit a student as stage 0 does, then switch the scan's output off for good: its merge is 0 and stays 0."""
     train, unseen = split_held_out(len(images), recipe.held_out, recipe.seed)
     on_gpu = teacher.to("cuda" if torch.cuda.is_available() else "cpu")
-    chosen = train[:: max(1, len(train) // recipe.fit.images)], unseen[: recipe.fit.held_out]
+    chosen = spread(train, recipe.fit.images), spread(unseen, recipe.fit.held_out)
     calibration, held_out = ((pixels for pixels, _ in _plain(images, teacher, each, recipe)) for each in chosen)
     student, _ = convert(on_gpu, recipe, calibration, held_out)
     for mixer in attention_sites(student):
