@@ -16,7 +16,6 @@ import argparse
 import fcntl
 import json
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -132,7 +131,7 @@ def convert(row: Row, recipe: Recipe, teacher: VisionTransformer, arguments: arg
         **{key: metrics[key] for key in shown if key in metrics},
         "images_per_second": speeds(metrics["history"]),
         "evaluation": measure(student, teacher, test, arguments, probe=row.size is None),
-        "environment": environment(next(student.parameters()).device),
+        **made_by(arguments.commit, next(student.parameters()).device),
     }
 
 
@@ -181,10 +180,10 @@ def add_row(path: Path, name: str, row: dict[str, Any]) -> None:
         write_atomic(path, (json.dumps(dict(sorted(results.items())), indent=1) + "\n").encode())
 
 
-def commit() -> str:
-    """The commit of the code that runs."""
-    run = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return run.stdout.strip()
+def made_by(commit: str | None, device: torch.device) -> dict[str, Any]:
+    """What made a row; a commit that is given counts where git does not know it."""
+    found = environment(device)
+    return {"commit": commit or found["commit"], "environment": found}
 
 
 def read_arguments() -> argparse.Namespace:
@@ -203,7 +202,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--cache", action="store_true", help="as for gspn2convert distill")
     parser.add_argument("--work", type=Path, required=True, help="folder for the converted models")
     parser.add_argument("--output", type=Path, required=True, help="results file to add to")
-    parser.add_argument("--commit", default=commit(), help="commit to note [this checkout's]")
+    parser.add_argument("--commit", help="of the source, for a copy without its git history; default: ask git")
     parser.add_argument("--shared", action="store_true", help="note that other programs use the device too")
     return parser.parse_args()
 
@@ -226,7 +225,7 @@ def main() -> None:
             size = row.size or setting.size
             teacher = load_teacher(arguments.teacher, weights=arguments.teacher_weights, img_size=size)
             figures = convert(row, recipe, teacher, arguments)
-            figures |= {"recipe": recipe.name, "commit": arguments.commit, "device_shared": arguments.shared}
+            figures |= {"recipe": recipe.name, "device_shared": arguments.shared}
             add_row(arguments.output, f"{name}-{seed}", figures)
 
 

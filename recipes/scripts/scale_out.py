@@ -18,9 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accuracy import add_row, commit
-
-from gspn2convert.environment import environment
+from accuracy import add_row, made_by
 
 RECIPE = """name: scale_out
 fit: {{images: 128, held_out: 32}}
@@ -97,11 +95,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="[%(default)s]")
     parser.add_argument("--steps", type=int, default=300, help="of stage 2 [%(default)s]")
-    parser.add_argument("--commit", default=commit(), help="commit to note [this checkout's]")
+    parser.add_argument("--commit", help="of the source, for a copy without its git history; default: ask git")
     parser.add_argument("--output", type=Path, required=True, help="results file to add to")
     arguments = parser.parse_args()
     found = compare(arguments.steps, arguments.device)
-    found |= {"commit": arguments.commit, "environment": environment(torch.device(arguments.device))}
+    found |= made_by(arguments.commit, torch.device(arguments.device))
     add_row(arguments.output, arguments.device, found)
     print(found["largest_relative_difference"])
 

@@ -18,13 +18,12 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accuracy import SETTINGS, add_row, commit
+from accuracy import SETTINGS, add_row, made_by
 from PIL import Image
 from torch import Tensor
 
 from gspn2convert.cache import ImageCache
 from gspn2convert.data import open_images
-from gspn2convert.environment import environment
 from gspn2convert.model import Gspn2Vit, build_student
 from gspn2convert.optim import Ema
 from gspn2convert.recipe import Recipe, load_recipe
@@ -127,7 +126,7 @@ def main() -> None:
     parser.add_argument("--teacher", default="dinov2_small", help="as for gspn2convert distill [%(default)s]")
     parser.add_argument("--batch", type=int, default=256, help="images a GPU [%(default)s]")
     parser.add_argument("--steps", type=int, default=30, help="steps that are timed [%(default)s]")
-    parser.add_argument("--commit", default=commit(), help="commit to note [this checkout's]")
+    parser.add_argument("--commit", help="of the source, for a copy without its git history; default: ask git")
     parser.add_argument("--output", type=Path, required=True, help="results file to add to")
     arguments = parser.parse_args()
     setting = SETTINGS["dinov2"]
@@ -148,7 +147,7 @@ def main() -> None:
         if world == 1:
             found[name]["parts_ms"] = parts(step, cache, next(batches), progress, 10)
     if accelerator.is_main_process:
-        found |= {"commit": arguments.commit, "environment": environment(accelerator.device)}
+        found |= made_by(arguments.commit, accelerator.device)
         add_row(arguments.output, f"{world}", found)
         print({name: round(found[name]["images_per_second"]) for name in HALVES})
     accelerator.end_training()
