@@ -165,7 +165,7 @@ def crop_boxes(draws: Tensor, aspects: Tensor, augment: Augment) -> Tensor:
 
 
 def cut(images: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
-    """Cut crops out of images and resize them, bicubic.
+    """Cut crops out of images and resize them, bicubic, or bilinear where several samples a pixel are averaged.
 
     Args:
         images: (B, C, S, S) float.
@@ -182,7 +182,8 @@ def cut(images: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
     fine = max(1, math.ceil(images.shape[-1] / (1.2 * max(size))))
     shape = [*images.shape[:2], fine * size[0], fine * size[1]]
     grid = F.affine_grid(affine, shape, align_corners=False)
-    views = F.grid_sample(images, grid, mode="bicubic", padding_mode="reflection", align_corners=False)
+    mode = "bilinear" if fine > 1 else "bicubic"
+    views = F.grid_sample(images, grid, mode=mode, padding_mode="reflection", align_corners=False)
     return F.avg_pool2d(views, fine) if fine > 1 else views
 
 

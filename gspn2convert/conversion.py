@@ -27,8 +27,9 @@ from gspn2convert.keep import Auto
 from gspn2convert.model import Gspn2Vit, GspnBlock, build_student
 from gspn2convert.progress import Progress
 from gspn2convert.recipe import Align, Recipe, Recover
+from gspn2convert.recover import RecoverStage, channel_statistics
 from gspn2convert.selection import STAGE, Selector, build_hybrid
-from gspn2convert.stage import AlignStage, Objective, RecoverStage, channel_statistics
+from gspn2convert.stage import AlignStage, Objective
 from gspn2convert.supply import Supply
 from gspn2convert.train import train_stage
 from gspn2convert.views import generator
@@ -234,6 +235,7 @@ class Conversion:
                 objective(student, self.taught),
                 spec,
                 lambda first_step: self.supply.training(spec, _stage_seed(self.recipe.seed, name), first_step),
+                self.supply.shape(spec),
                 accelerator=self.accelerator,
                 store=self.store,
                 progress=self.progress,

@@ -16,8 +16,9 @@ from torch import Tensor
 from gspn2convert.errors import UserError
 from gspn2convert.model import Gspn2Vit
 from gspn2convert.recipe import Recipe, RecoverLosses
-from gspn2convert.stage import RecoverStage
-from gspn2convert.vit import final_tokens, grid_size
+from gspn2convert.recover import RecoverStage
+from gspn2convert.stage import frozen_tokens
+from gspn2convert.vit import grid_size
 
 
 class ReducedStage(RecoverStage):
@@ -52,7 +53,7 @@ class ReducedStage(RecoverStage):
     def target(self, images: Tensor) -> Tensor:
         """Final tokens (B, N, C) of the guide, on the grid of the images (B, 3, height, width)."""
         reduced = F.interpolate(images, self.size, mode="bicubic", antialias=True, align_corners=False)
-        tokens = final_tokens(self._guide[0], reduced)
+        tokens = frozen_tokens(self._guide[0], reduced)
         return resize_patches(tokens, grid_size(self.student, *self.size), grid_size(self.student, *images.shape[-2:]))
 
 

@@ -102,6 +102,9 @@ class Gspn2Mixer(nn.Module):
         Returns:
             (B, N, C), in place of the attention layer's output, before LayerScale.
         """
+        if torch.is_autocast_enabled(x.device.type):
+            # Once, and not for each of the seven products that read the tokens, nor for the gradient of each.
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         patches = self._patches(x, grid)
         out = F.linear(self.scan(x, grid).flatten(-2), self.merge_weight(*grid))
         if self.lpu is not None:

@@ -54,6 +54,10 @@ class Supply:
         )
         return (pixels for pixels, _ in pairs)
 
+    def shape(self, spec: Align | Recover) -> tuple[int, ...]:
+        """Shape (B, channels, height, width) of this process's share of a batch of a stage."""
+        return spec.batch_size // self.accelerator.num_processes, *self.data_config["input_size"]
+
     def training(self, spec: Align | Recover, seed: int, first_step: int) -> Iterator[Tensor]:
         """This process's share of a stage's batches from a step on, as training sees them."""
         rank, world = self.accelerator.process_index, self.accelerator.num_processes

@@ -84,6 +84,7 @@ def train_stage(
     objective: Objective,
     spec: Align | Recover,
     batches: Batches,
+    shape: tuple[int, ...],
     *,
     accelerator: Accelerator,
     store: CheckpointStore,
@@ -101,6 +102,7 @@ def train_stage(
         objective: the stage's loss; its teacher must be on the accelerator's device.
         spec: the stage's part of the recipe.
         batches: gives this process's images from a step on; step s must get the same images whenever asked.
+        shape: of one of these batches, (B, channels, height, width).
         accelerator: see `make_accelerator`.
         store: where checkpoints go; loaded before if the run is resumed.
         progress: shows loss terms and speed.
@@ -111,7 +113,7 @@ def train_stage(
         UserError: the loss or its gradient became NaN or infinite; the last checkpoint stays.
         Interrupted: Ctrl-C or SIGTERM; the state is saved.
     """
-    training = _Training(name, objective, spec, accelerator, store)
+    training = _Training(name, objective, spec, shape, accelerator, store)
     try:
         with StopWish() as stop:
             training.run(batches, progress, evaluate, eval_every, stop)
@@ -120,6 +122,7 @@ def train_stage(
             raise Interrupted(name, spec.steps, spec.steps)
     finally:
         accelerator.unwrap_model(training.model, keep_fp32_wrapper=False)
+        objective.forget()
         accelerator.free_memory()
     return result
 
@@ -128,7 +131,13 @@ class _Training:
     """State of a stage in training."""
 
     def __init__(
-        self, name: str, objective: Objective, spec: Align | Recover, accelerator: Accelerator, store: CheckpointStore
+        self,
+        name: str,
+        objective: Objective,
+        spec: Align | Recover,
+        shape: tuple[int, ...],
+        accelerator: Accelerator,
+        store: CheckpointStore,
     ) -> None:
         self.name, self.objective, self.spec = name, objective, spec
         self.accelerator, self.store = accelerator, store
@@ -138,6 +147,9 @@ class _Training:
         assert {id(p) for _, p in self.named} == {id(p) for p in self.parameters}
         fused = accelerator.device.type == "cuda"
         optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=fused)
+        if fused:
+            with accelerator.autocast():
+                objective.record(torch.zeros(shape, device=accelerator.device))
         self.model, self.optimizer = accelerator.prepare(objective, optimizer)
         decay = spec.ema if isinstance(spec, Recover) else 0.0
         self.ema = Ema(objective.student, decay) if decay else None

@@ -24,7 +24,7 @@ from gspn2convert.interrupt import Interrupted
 from gspn2convert.model import build_student
 from gspn2convert.progress import Progress
 from gspn2convert.recipe import RecoverLosses, parse_recipe
-from gspn2convert.stage import channel_statistics
+from gspn2convert.recover import channel_statistics
 from gspn2convert.teachers import load_teacher
 from gspn2convert.train import make_accelerator
 

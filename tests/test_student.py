@@ -20,7 +20,7 @@ from gspn2convert.errors import UserError
 from gspn2convert.interrupt import Interrupted
 from gspn2convert.mixer import Gspn2Mixer
 from gspn2convert.recipe import load_recipe, parse_recipe
-from gspn2convert.stage import RecoverStage
+from gspn2convert.recover import RecoverStage
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

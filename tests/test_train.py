@@ -23,7 +23,8 @@ from gspn2convert.interrupt import Interrupted, StopWish
 from gspn2convert.model import build_student
 from gspn2convert.progress import Progress
 from gspn2convert.recipe import Align, Mixer, Recover
-from gspn2convert.stage import AlignStage, RecoverStage, channel_statistics
+from gspn2convert.recover import RecoverStage, channel_statistics
+from gspn2convert.stage import AlignStage
 from gspn2convert.train import make_accelerator, train_stage
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -101,6 +102,7 @@ class Run:
                 self.objective(stage),
                 self.specs[stage],
                 batches or self.batches,
+                (4, 3, 24, 40),
                 accelerator=self.accelerator,
                 store=self.store,
                 progress=progress,

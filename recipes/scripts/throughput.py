@@ -27,10 +27,11 @@ from gspn2convert.data import open_images
 from gspn2convert.model import Gspn2Vit, build_student
 from gspn2convert.optim import Ema
 from gspn2convert.recipe import Recipe, load_recipe
-from gspn2convert.stage import RecoverStage
+from gspn2convert.recover import RecoverStage
+from gspn2convert.stage import frozen_tokens
 from gspn2convert.teachers import load_teacher
 from gspn2convert.train import make_accelerator
-from gspn2convert.vit import data_config, final_tokens
+from gspn2convert.vit import data_config
 
 STORED = 448  # side of the images
 COUNT = 512
@@ -51,9 +52,13 @@ def noise(config: dict[str, Any], recipe: Recipe, device: torch.device) -> Image
 class Step:
     """Stage 2's step, as `train._Training` takes it."""
 
-    def __init__(self, objective: RecoverStage, student: Gspn2Vit, recipe: Recipe, accelerator: Accelerator) -> None:
+    def __init__(
+        self, objective: RecoverStage, student: Gspn2Vit, recipe: Recipe, images: Tensor, accelerator: Accelerator
+    ) -> None:
         self.objective, self.accelerator, self.clip = objective, accelerator, recipe.recover.clip
         optimizer = torch.optim.AdamW(objective.groups(recipe.recover), fused=True)
+        with accelerator.autocast():
+            objective.record(images)
         self.model, self.optimizer = accelerator.prepare(objective, optimizer)
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.ema, self.loss = Ema(student, recipe.recover.ema), torch.zeros(())
@@ -99,7 +104,7 @@ def parts(step: Step, cache: ImageCache, images: Tensor, progress: float, times:
 
     def teach() -> None:
         with torch.no_grad(), step.accelerator.autocast():
-            final_tokens(teacher, images)
+            frozen_tokens(teacher, images)
 
     def there_and_back() -> None:
         step.forward(images, progress)
@@ -134,12 +139,13 @@ def main() -> None:
     teacher = load_teacher(arguments.teacher, img_size=setting.size, pretrained=False).to(accelerator.device)
     student = build_student(teacher, range(len(teacher.blocks)), recipe.mixer.resolve(teacher.embed_dim))
     moments = (torch.zeros(teacher.embed_dim), torch.ones(teacher.embed_dim))
-    objective = RecoverStage(student, teacher, recipe.recover.losses, moments).to(accelerator.device)
+    objective = RecoverStage(student, teacher.bfloat16(), recipe.recover.losses, moments).to(accelerator.device)
     cache = noise(data_config(teacher), recipe, accelerator.device)
-    step, world = Step(objective, student, recipe, accelerator), accelerator.num_processes
+    world = accelerator.num_processes
     batches = cache.batches(
         arguments.batch * world, 0, 0, 10**6, rank=accelerator.process_index, world=accelerator.num_processes
     )
+    step = Step(objective, student, recipe, next(batches).clone(), accelerator)
     found: dict[str, Any] = {"teacher": arguments.teacher, "batch_per_gpu": arguments.batch, "gpus": world}
     for name, progress in HALVES.items():
         spent = seconds(lambda progress=progress: step(next(batches), progress), arguments.steps)
