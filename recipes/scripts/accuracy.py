@@ -197,6 +197,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--rows", default="pure", help=f"some of {', '.join(ROWS)} [%(default)s]")
     parser.add_argument("--seeds", default="0", help="[%(default)s]")
     parser.add_argument("--recipe", help="name or file, in place of the setting's")
+    parser.add_argument("--steps", type=int, help="of stage 2, in place of the recipe's")
     parser.add_argument("--workers", type=int, default=8, help="processes that read images [%(default)s]")
     parser.add_argument("--precision", default="bf16", help="as for gspn2convert distill [%(default)s]")
     parser.add_argument("--cache", action="store_true", help="as for gspn2convert distill")
@@ -221,11 +222,13 @@ def main() -> None:
             recipe = replace(load_recipe(row.recipe or arguments.recipe or setting.recipe), seed=seed)
             if row.mixer is not None:
                 recipe = replace(recipe, mixer=load_recipe(row.mixer).mixer)
+            if arguments.steps is not None:
+                recipe = replace(recipe, recover=replace(recipe.recover, steps=arguments.steps))
             torch.manual_seed(seed)
             size = row.size or setting.size
             teacher = load_teacher(arguments.teacher, weights=arguments.teacher_weights, img_size=size)
             figures = convert(row, recipe, teacher, arguments)
-            figures |= {"recipe": recipe.name, "device_shared": arguments.shared}
+            figures |= {"recipe": recipe.name, "steps": recipe.recover.steps, "device_shared": arguments.shared}
             add_row(arguments.output, f"{name}-{seed}", figures)
 
 
