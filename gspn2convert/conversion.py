@@ -106,8 +106,7 @@ class Conversion:
 
         With `Auto`, stages 0 and 1 convert all blocks; which of them keep attention is settled before stage 2.
         """
-        auto = keep if isinstance(keep, Auto) else None
-        known = self._known(keep)
+        auto, known = keep if isinstance(keep, Auto) else None, self._known(keep)
         layers = [i for i in range(len(self.teacher.blocks)) if i not in known]
         student = self.given
         if student is None:
@@ -117,6 +116,7 @@ class Conversion:
                 student.set_input_size(_side(self.store.stage))
             student.load_state_dict(self.store.part("student."))
         if "fit" not in self.store.finished:
+            self.supply.prepare(self.options.stages)
             student = self._fit(known) if self.given is None else self._take(self.given)
         self._score("fit", student)
         if 1 in self.options.stages and self.recipe.align.steps:
@@ -209,10 +209,19 @@ class Conversion:
         for number, size in enumerate(spec.sizes if spec.steps else ()):
             name = f"{CURRICULUM}{size}"
             self._see(size)
+            guide = self._guide(student, before)
             if name not in self.store.finished:
                 student.set_input_size(_side(name))
-            self._train(name, spec.at(number), functools.partial(self._curriculum_stage, before), student)
+            self._train(name, spec.at(number), functools.partial(self._curriculum_stage, before, guide), student)
             before = _side(name)
+
+    def _guide(self, student: Gspn2Vit, before: tuple[int, int]) -> Gspn2Vit | None:
+        """The student of the size before, where it gives the targets."""
+        if self.recipe.curriculum.target != "previous":
+            return None
+        guide = copy.deepcopy(student)
+        guide.set_input_size(before)  # for one that is resumed at the next size; its weights are in the checkpoint
+        return guide
 
     def _see(self, size: int) -> None:
         """Take images of this size from here on; 0 is the teacher's own."""
@@ -248,13 +257,14 @@ class Conversion:
         statistics = channel_statistics(self.teacher, self.held_out.images)
         return RecoverStage(student, teacher, self.recipe.recover.losses, statistics)
 
-    def _curriculum_stage(self, before: tuple[int, int], student: Gspn2Vit, teacher: VisionTransformer) -> RecoverStage:
+    def _curriculum_stage(
+        self, before: tuple[int, int], guide: Gspn2Vit | None, student: Gspn2Vit, teacher: VisionTransformer
+    ) -> RecoverStage:
         """Recovery at a size, taught by the teacher or by a guide at the size before."""
         spec, statistics = self.recipe.curriculum, channel_statistics(self.teacher, self.held_out.images)
         if spec.target == "teacher":
             return RecoverStage(student, teacher, spec.losses, statistics)
-        guide = teacher if spec.target == "reduced" else copy.deepcopy(student)
-        return ReducedStage(student, teacher, spec.losses, statistics, guide, before)
+        return ReducedStage(student, teacher, spec.losses, statistics, guide or teacher, before)
 
     def _score(self, name: str, student: Gspn2Vit) -> None:
         """Note how good the student is after a stage, once."""

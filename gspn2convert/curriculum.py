@@ -5,7 +5,7 @@ Shapes: B batch, N = P + H W tokens, P prefix tokens, C channels, H W grid of pa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gspn2convert.errors import UserError
 from gspn2convert.model import Gspn2Vit
-from gspn2convert.recipe import Recipe, RecoverLosses
+from gspn2convert.recipe import Align, Recipe, Recover, RecoverLosses
 from gspn2convert.recover import RecoverStage
 from gspn2convert.stage import frozen_tokens
 from gspn2convert.vit import grid_size
@@ -87,6 +87,16 @@ def check_sizes(teacher: VisionTransformer, recipe: Recipe, stages: Sequence[int
     for size in (recipe.size, *(recipe.curriculum.sizes if 3 in stages else ())):
         if size:
             grid_size(teacher, size, size)
+
+
+def trained(recipe: Recipe, stages: Sequence[int]) -> Iterator[tuple[str, Align | Recover, int]]:
+    """Stages that train: name, what is done, and the size of stage 3, 0 before it."""
+    if 1 in stages:
+        yield "align", recipe.align, 0
+    if 2 in stages:
+        yield "recover", recipe.recover, 0
+    for number, side in enumerate(recipe.curriculum.sizes if 3 in stages else ()):
+        yield f"curriculum-{side}", recipe.curriculum.at(number), side
 
 
 def resize_patches(tokens: Tensor, grid: tuple[int, int], wanted: tuple[int, int]) -> Tensor:

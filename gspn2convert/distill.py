@@ -11,14 +11,15 @@ from typing import Any
 
 from timm.models import VisionTransformer
 
-from gspn2convert.artifact import check_output_folder, holds_files, load, save_student
+from gspn2convert.artifact import check_output_folder, holds_files, save_student
 from gspn2convert.checkpoint import CheckpointStore
 from gspn2convert.conversion import Conversion, Options
-from gspn2convert.curriculum import check_sizes, teacher_size
-from gspn2convert.data import ImageSet, open_images
+from gspn2convert.curriculum import check_sizes, teacher_size, trained
+from gspn2convert.data import ImageSet, open_images, own_share
 from gspn2convert.errors import UserError
+from gspn2convert.given import kept_blocks, load_given, recipe_of
 from gspn2convert.keep import Auto, read_keep
-from gspn2convert.model import Gspn2Vit, GspnBlock
+from gspn2convert.model import Gspn2Vit
 from gspn2convert.progress import Progress
 from gspn2convert.recipe import Recipe, dump_recipe
 from gspn2convert.teachers import load_teacher
@@ -58,7 +59,7 @@ def distill(
     check_output_folder(options.output, options.resume)
     size = teacher_size(recipe, img_size, options.stages)
     vit = load_teacher(teacher, weights=teacher_weights, img_size=size)
-    given = None if student is None else _load_given(student, vit, keep)
+    given = None if student is None else load_given(student, vit, keep)
     kept = read_keep(recipe.keep if keep is None else keep, len(vit.blocks))
     channels = vit.patch_embed.proj.in_channels
     images, test = (open_images(data, split, in_chans=channels) for split in ("train", "test"))
@@ -96,7 +97,7 @@ def distill_student(
         Interrupted: Ctrl-C or SIGTERM; `resume` goes on from there.
     """
     if given is not None:
-        keep = [i for i, block in enumerate(given.blocks) if not isinstance(block, GspnBlock)]
+        keep, recipe = kept_blocks(given), recipe_of(given, recipe)
     if isinstance(keep, Auto):
         keep.check(len(teacher.blocks))
     elif len(keep) == len(teacher.blocks):
@@ -104,6 +105,8 @@ def distill_student(
     check_output_folder(options.output, options.resume)
     check_sizes(teacher, recipe, options.stages)
     accelerator = make_accelerator(options.device, options.precision)
+    for _, spec, _ in trained(recipe, options.stages):
+        own_share(spec.batch_size if spec.steps else 0, accelerator.process_index, accelerator.num_processes)
     blocks = str(keep) if isinstance(keep, Auto) else ",".join(map(str, keep))
     what = {"teacher": teacher_name, "data": images.name, "keep": blocks}
     identity = what | _identity(teacher, recipe, options, given)
@@ -134,19 +137,6 @@ def _identity(teacher: VisionTransformer, recipe: Recipe, options: Options, give
         "precision": options.precision,
         "place where views are made (--cache)": "device" if options.cached else "workers",
     }
-
-
-def _load_given(folder: Path, teacher: VisionTransformer, keep: str | None) -> Gspn2Vit:
-    """Load a student at the teacher's image size, and make sure that it is one of this teacher."""
-    if keep is not None:
-        raise UserError("--keep and --student exclude each other: the student's own blocks keep their attention")
-    given = load(folder, img_size=tuple(teacher.patch_embed.img_size))
-    plain = {name: value.shape for name, value in teacher.state_dict().items() if ".attn." not in name}
-    theirs = {name: value.shape for name, value in given.state_dict().items() if ".attn." not in name}
-    if plain != theirs:
-        differing = next(name for name in sorted({*plain, *theirs}) if plain.get(name) != theirs.get(name))
-        raise UserError(f"{folder} is no student of this teacher: {differing} differs; name the teacher it came from")
-    return given
 
 
 def _finished(folder: Path) -> dict[str, Any] | None:

@@ -40,15 +40,11 @@ class HeldOut:
         total = sum(map(len, self.images))
         if count >= total:
             return self
-        chosen, first, part = set(spread(range(total), count)), 0, copy.copy(self)
-        part.images, part.tokens, part.logits = [], [], []
-        for images, tokens, logits in zip(self.images, self.tokens, self.logits, strict=True):
-            some = [i for i in range(len(images)) if first + i in chosen]
-            first += len(images)
-            if some:
-                part.images.append(images[some])
-                part.tokens.append(tokens[some])
-                part.logits.append(logits[some])
+        chosen, size, part = list(spread(range(total), count)), len(self.images[0]), copy.copy(self)
+        # In full batches again: a few images of each would take as many passes as all of them.
+        part.images, part.tokens, part.logits = (
+            list(torch.cat(batches)[chosen].split(size)) for batches in (self.images, self.tokens, self.logits)
+        )
         return part
 
     @torch.no_grad()

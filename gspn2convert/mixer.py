@@ -18,6 +18,7 @@ from timm.layers import Attention
 from torch import Tensor, nn
 
 from gspn2_kernels import line_scan, local_perception, merge, norm_mean
+from gspn2_kernels.operands import autocast
 from gspn2convert.prefix import PrefixRead
 
 DIRECTIONS = 4
@@ -102,9 +103,8 @@ class Gspn2Mixer(nn.Module):
         Returns:
             (B, N, C), in place of the attention layer's output, before LayerScale.
         """
-        if torch.is_autocast_enabled(x.device.type):
-            # Once, and not for each of the seven products that read the tokens, nor for the gradient of each.
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        # Once, and not for each of the products that read the tokens, nor for the gradient of each.
+        (x,) = autocast(x.device.type, x)
         patches = self._patches(x, grid)
         out = F.linear(self.scan(x, grid).flatten(-2), self.merge_weight(*grid))
         if self.lpu is not None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from timm.models import VisionTransformer
 
 from gspn2convert.cost import Cost, cost, count_parameters, training_bytes
-from gspn2convert.curriculum import check_sizes, teacher_size
+from gspn2convert.curriculum import check_sizes, teacher_size, trained
+from gspn2convert.given import load_given, recipe_of
 from gspn2convert.keep import Auto, read_keep
 from gspn2convert.model import Gspn2Vit, build_student
 from gspn2convert.recipe import Align, Recipe, Recover
@@ -27,6 +29,7 @@ def plan(
     stages: Sequence[int] = (0, 1, 2, 3),
     img_size: int | None = None,
     keep: str | None = None,
+    student: Path | None = None,
 ) -> dict[str, Any]:
     """Plan a conversion; downloads and writes nothing.
 
@@ -36,6 +39,7 @@ def plan(
         stages: which of 0, 1, 2, 3 run.
         img_size: pixels to convert at; the teacher's own by default.
         keep: blocks that keep attention, instead of the recipe's.
+        student: folder of a converted model to go on from, in place of stage 0.
 
     Returns:
         Layers, parameters and MACs of teacher and student for one image of the size that stages 0 to 2 see, memory in
@@ -45,16 +49,18 @@ def plan(
     """
     vit = load_teacher(teacher, img_size=teacher_size(recipe, img_size, stages), pretrained=False)
     check_sizes(vit, recipe, stages)
+    if student is not None:
+        recipe, stages = recipe_of(load_given(student, vit, keep), recipe), [stage for stage in stages if stage]
     depth, mixer = len(vit.blocks), recipe.mixer.resolve(vit.embed_dim)
     wanted = read_keep(recipe.keep if keep is None else keep, depth)
     auto = wanted if isinstance(wanted, Auto) else None
     kept = range(depth - (wanted.count or 0), depth) if isinstance(wanted, Auto) else wanted
     layers = [i for i in range(depth) if i not in kept]
-    student = build_student(vit, layers, mixer)
+    converted = build_student(vit, layers, mixer)
     height, width = (recipe.size, recipe.size) if recipe.size else vit.patch_embed.img_size
-    before, after = cost(vit, height, width), cost(student, height, width)
+    before, after = cost(vit, height, width), cost(converted, height, width)
     # Until blocks are chosen, all are converted.
-    aligned = build_student(vit, range(depth), mixer) if auto else student
+    aligned = build_student(vit, range(depth), mixer) if auto else converted
     return {
         "teacher": teacher,
         "recipe": recipe.name,
@@ -67,22 +73,10 @@ def plan(
         "fit_images": recipe.fit.images if 0 in stages else 0,
         "fit_bytes": _fit_bytes(vit, recipe, after),
         "stages": [
-            _training(name, spec, aligned if name == "align" else student, size)
-            for name, spec, size in _trained(recipe, stages, (height, width))
+            _training(name, spec, aligned if name == "align" else converted, (side, side) if side else (height, width))
+            for name, spec, side in trained(recipe, stages)
         ],
     }
-
-
-def _trained(
-    recipe: Recipe, stages: Sequence[int], size: tuple[int, int]
-) -> Iterator[tuple[str, Align | Recover, tuple[int, int]]]:
-    """Stages that train: name, what is done, image size."""
-    if 1 in stages:
-        yield "align", recipe.align, size
-    if 2 in stages:
-        yield "recover", recipe.recover, size
-    for number, side in enumerate(recipe.curriculum.sizes if 3 in stages else ()):
-        yield f"curriculum-{side}", recipe.curriculum.at(number), (side, side)
 
 
 def _training(name: str, spec: Align | Recover, student: Gspn2Vit, size: tuple[int, int]) -> dict[str, Any]:

@@ -168,10 +168,11 @@ class Selector:
             def measured(blocks: Sequence[int]) -> Figures:
                 key = tuple(sorted(blocks))
                 if key not in known:
-                    known[key] = self._settled(measure(student, self.teacher, held_out, key))
+                    figures = measure(student, self.teacher, held_out, key)
+                    known[key], stopping = self._settled(figures, stop.made)
                     self.progress.advance(min(len(known), tries), {rank: known[key][rank]})
-                if stop.made:
-                    raise Interrupted(STAGE, len(known), tries)
+                    if stopping:
+                        raise Interrupted(STAGE, len(known), tries)
                 return known[key]
 
             alone = [{"layer": i, **measured([i])} for i in range(self.depth)]
@@ -190,12 +191,13 @@ class Selector:
         rounds = self.auto.count or self.depth - 1
         return rounds * self.depth - rounds * (rounds - 1) // 2 + 3
 
-    def _settled(self, figures: Figures) -> Figures:
-        """The figures of the first process, for the last bit may differ on another and all must choose alike."""
+    def _settled(self, figures: Figures, stop: bool) -> tuple[Figures, bool]:
+        """The figures of the first process, for the last bit may differ on another; and whether any of all stops."""
         if self.accelerator.num_processes == 1:
-            return figures
+            return figures, stop
         values = torch.tensor([*figures.values()], dtype=torch.float64, device=self.accelerator.device)
-        return dict(zip(figures, broadcast(values).tolist(), strict=True))
+        wishes = self.accelerator.reduce(torch.tensor(float(stop), device=self.accelerator.device))
+        return dict(zip(figures, broadcast(values).tolist(), strict=True)), bool(wishes)
 
     def _tell(self, record: dict[str, Any]) -> None:
         rank, chosen = record["ranked_by"], ", ".join(map(str, record["chosen"])) or "none"

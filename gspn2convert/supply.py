@@ -54,6 +54,11 @@ class Supply:
         )
         return (pixels for pixels, _ in pairs)
 
+    def prepare(self, stages: Sequence[int]) -> None:
+        """Decode images for the cache of stages 1 and 2: that they do not fit is better found before stage 0."""
+        if self.cached and {1, 2} & set(stages):
+            self._cached()
+
     def shape(self, spec: Align | Recover) -> tuple[int, ...]:
         """Shape (B, channels, height, width) of this process's share of a batch of a stage."""
         return spec.batch_size // self.accelerator.num_processes, *self.data_config["input_size"]

@@ -21,7 +21,7 @@ from gspn2convert.errors import UserError
 from gspn2convert.evaluate import evaluate
 from gspn2convert.images import ImageSet
 from gspn2convert.interrupt import Interrupted
-from gspn2convert.model import build_student
+from gspn2convert.model import Gspn2Vit, build_student
 from gspn2convert.progress import Progress
 from gspn2convert.recipe import RecoverLosses, parse_recipe
 from gspn2convert.recover import channel_statistics
@@ -211,6 +211,28 @@ def test_what_is_saved_is_what_was_trained(tmp_path, undisturbed):
     images = pixels(range(3), 44)
     with torch.no_grad():
         assert torch.equal(gspn2convert.load(folder).forward_features(images), student.forward_features(images))
+
+
+def test_the_guide_is_the_student_as_it_was_before_it_took_the_next_size(tmp_path, monkeypatch):
+    embeddings, guides = {}, {}
+
+    class Kept(ReducedStage):
+        def __init__(self, student, teacher, losses, statistics, guide, size):
+            guides[size] = guide.pos_embed.detach().clone()
+            super().__init__(student, teacher, losses, statistics, guide, size)
+
+    set_input_size = Gspn2Vit.set_input_size
+
+    def resize(student, size):
+        embeddings[tuple(student.patch_embed.img_size)] = student.pos_embed.detach().clone()
+        set_input_size(student, size)
+
+    monkeypatch.setattr(importlib.import_module("gspn2convert.conversion"), "ReducedStage", Kept)
+    monkeypatch.setattr(Gspn2Vit, "set_input_size", resize)
+    climb(tmp_path / "out", "previous")
+    assert set(guides) == {(28, 28), (36, 36)}
+    for size, embedding in guides.items():
+        assert torch.equal(embedding, embeddings[size])
 
 
 def test_top1_is_measured_at_the_size_of_the_stage(tmp_path):

@@ -1,8 +1,10 @@
 """Which blocks keep attention, against a brute force that builds every hybrid."""
 
+import itertools
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +19,7 @@ from gspn2convert.checkpoint import CheckpointStore
 from gspn2convert.convert import convert
 from gspn2convert.data import batches, open_images
 from gspn2convert.held_out import HeldOut
+from gspn2convert.interrupt import Interrupted
 from gspn2convert.keep import Auto
 from gspn2convert.model import build_student
 from gspn2convert.progress import Progress
@@ -231,31 +234,51 @@ def test_a_sample_of_held_out_images_is_from_all_over_them(tiny_teacher):
     assert len(torch.cat(whole.images)) == 13
 
 
-def test_all_processes_take_the_choice_of_the_first(tmp_path):
-    """Two processes, the second of which measures the opposite of what is so."""
+def in_two_processes(folder, what):
+    """What each process of `choose_with_others` wrote."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__, tmp_path)
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__, folder, what)
     subprocess.run([sys.executable, *launch], env=environment, check=True, timeout=120, capture_output=True)
-    first, second = (json.loads((tmp_path / str(rank)).read_text()) for rank in range(2))
+    return [json.loads((folder / str(rank)).read_text()) for rank in range(2)]
+
+
+def test_all_processes_take_the_choice_of_the_first(tmp_path):
+    """The second measures the opposite of what is so."""
+    first, second = in_two_processes(tmp_path, "choose")
     assert first == second
     assert first["passes"][0]["sets"][1]["kl"] > 0
 
 
-def choose_with_others(folder, rank):
-    """What each process of that test does."""
+def test_all_processes_stop_when_one_is_asked_to(tmp_path):
+    assert in_two_processes(tmp_path, "stop") == ["stopped after 3 of 10"] * 2
+
+
+def choose_with_others(folder, what, rank):
+    """What each process of these tests does."""
     torch.manual_seed(0)
     shape = {"depth": 4, "embed_dim": 32, "num_heads": 2, "img_size": 32, "patch_size": 8, "num_classes": 5}
     teacher = timm.create_model("vit_tiny_patch16_224", **shape).eval()
     student = build_student(teacher, range(4), {"proxy_dim": 8})
     for parameter in student.parameters():
         parameter.data.add_(0.05 * torch.randn_like(parameter))
+    calls = itertools.count(1)
+
+    def disturbed(*given):
+        if what == "stop" and next(calls) == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return {key: -value for key, value in measure(*given).items()}
+
     if rank:
-        selection.measure = lambda *given: {key: -value for key, value in measure(*given).items()}
+        selection.measure = disturbed
     store = CheckpointStore(folder, {})
     selector = Selector(teacher, Auto(count=2), make_accelerator("cpu"), store, Progress(quiet=True))
-    selector.run("fit", student, HeldOut(teacher, [torch.randn(6, 3, 32, 32)]))
-    (folder / str(rank)).write_text(json.dumps(store.notes["selection"]))
+    try:
+        selector.run("fit", student, HeldOut(teacher, [torch.randn(6, 3, 32, 32)]))
+        found = store.notes["selection"]
+    except Interrupted as stopped:
+        found = f"stopped after {stopped.step} of {stopped.steps}"
+    (folder / str(rank)).write_text(json.dumps(found))
 
 
 if __name__ == "__main__":
-    choose_with_others(Path(sys.argv[1]), int(os.environ["RANK"]))
+    choose_with_others(Path(sys.argv[1]), sys.argv[2], int(os.environ["RANK"]))

@@ -19,6 +19,7 @@ from gspn2convert.distill import Options, distill
 from gspn2convert.errors import UserError
 from gspn2convert.interrupt import Interrupted
 from gspn2convert.mixer import Gspn2Mixer
+from gspn2convert.plan import plan
 from gspn2convert.recipe import load_recipe, parse_recipe
 from gspn2convert.recover import RecoverStage
 
@@ -98,8 +99,22 @@ def test_the_recipe_cannot_make_it_keep_other_blocks(run, tmp_path):
     run("fit", stages=(0,), keep="1")
     found = run("on", stages=(1,), student=tmp_path / "fit", recipe=RECIPE + 'keep: "0"\n')
     assert found["kept_layers"] == [1]
+    assert load_recipe(tmp_path / "on" / "recipe.yaml").keep == "1"
     assert set(found["history"][0]) >= {"layer.0"}
     assert "layer.1" not in found["history"][0]
+
+
+def test_its_own_mixers_count_in_the_recipe_and_in_the_plan(run, save_teacher, tmp_path):
+    wide, narrow = (RECIPE.replace("proxy_dim: 8", f"proxy_dim: {proxy_dim}") for proxy_dim in (16, 4))
+    run("fit", stages=(0,), recipe=wide, keep="1")
+    run("on", stages=(1,), recipe=narrow, student=tmp_path / "fit")
+    assert load_recipe(tmp_path / "on" / "recipe.yaml").mixer.proxy_dim == 16
+    teacher, what = str(save_teacher("again")), parse_recipe(narrow, "test")
+    found = plan(teacher, what, student=tmp_path / "fit")
+    assert found == plan(teacher, parse_recipe(wide, "test"), stages=(1, 2, 3), keep="1")
+    assert found["kept_layers"] == [1]
+    with pytest.raises(UserError, match="exclude each other"):
+        plan(teacher, what, student=tmp_path / "fit", keep="0")
 
 
 def test_without_a_stage_it_stays_as_it_is_at_another_size(run, save_teacher, tmp_path):

@@ -152,7 +152,7 @@ def command(
     if dry_run:
         from gspn2convert.plan import plan
 
-        return {"plan": plan(teacher, what, stages=how["stages"], img_size=img_size, keep=keep)}
+        return {"plan": plan(teacher, what, stages=how["stages"], img_size=img_size, keep=keep, student=student)}
     images = data or (_DEMO if teacher == _DEMO else None)
     if images is None:
         raise click.UsageError("Missing option '--data': images to convert with (only --teacher demo brings its own)")
