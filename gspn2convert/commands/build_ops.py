@@ -36,7 +36,7 @@ def _show(document: Document, console: "Console") -> None:
     metavar="DIR",
     help="Folder of ONNX Runtime's headers (onnxruntime_cxx_api.h); default: looked for.",
 )
-@click.option("--cuda", is_flag=True, help="With CUDA kernels, which have not run in ONNX Runtime yet; needs nvcc.")
+@click.option("--cuda", is_flag=True, help="With CUDA kernels for sessions on a GPU; needs nvcc, takes minutes.")
 def command(include: Path | None, cuda: bool) -> dict[str, Any]:
     """Compile the library that runs LineScan fast in ONNX Runtime."""
     from gspn2_kernels.build import BuildError, build, has_cuda

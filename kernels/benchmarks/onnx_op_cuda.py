@@ -1,7 +1,9 @@
 """Check and time the ONNX op's library in ONNX Runtime on a GPU: nodes, and a converted ViT-B against ViT-B.
 
     CUDAARCHS=native gspn2convert build-ops --cuda
-    python kernels/benchmarks/onnx_op_cuda.py --output kernels/benchmarks/results/onnx_op_h100.json
+    cd kernels/benchmarks
+    python onnx_op_cuda.py --parts parity node body memcpy --output results/onnx_op_h100.json
+    python onnx_op_cuda.py --parts model --compile --output results/onnx_model_h100.json
 
 Parts, each in a process of its own, so that one which fails leaves the others:
 

@@ -41,7 +41,7 @@ def build(*, include: Path | None = None, cuda: bool = False, report: Callable[[
     Args:
         include: Folder of ONNX Runtime's C++ headers; by default it is looked for, see `find_headers`.
         cuda: Whether to build the CUDA kernels too: for all processors from 8.0 on, or those that the environment's
-            CUDAARCHS lists, such as `90` alone in a fraction of the time. They have not run in ONNX Runtime yet.
+            CUDAARCHS lists, such as `90` alone in a fraction of the time. Only 9.0, an H100, has run them.
         report: Called with a line of text for each step.
 
     Returns:
@@ -68,7 +68,7 @@ def build(*, include: Path | None = None, cuda: bool = False, report: Callable[[
             report(f"building with {compiler}, {f'{nvcc}, ' if nvcc else ''}headers in {headers}")
             options = [f"-DORT_INCLUDE_DIR={headers}", f"-DCMAKE_CXX_COMPILER={compiler}"]
             if nvcc:
-                report("the CUDA kernels take minutes; they have not run in ONNX Runtime yet: compare first")
+                report("the CUDA kernels take minutes, or less for the one processor that CUDAARCHS names")
                 options += ["-DGSPN2_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={nvcc}"]
             _build_into(target, [cmake, "-G", generator, *options], made_of)
     report(f"library: {target / _LIBRARY}")

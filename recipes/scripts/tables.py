@@ -13,7 +13,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 PLACE = re.compile(r"(<!-- table:(\w+) -->\n).*?(?=<!-- end -->)", re.DOTALL)
-PAGES = ("README.md", "recipes/README.md")
+PAGES = ("README.md", "recipes/README.md", "kernels/README.md")
 STAGES = {"fit": "stage 0", "align": "stage 1", "recover": "stage 2"}
 # Of a step; the optimizer was timed without gradients in the run that is kept, so its row is left out.
 PARTS = ("views", "teacher", "both models forward", "forward and backward")
@@ -144,7 +144,7 @@ def costs(found: Document) -> list[str]:
 def kernels(found: Document) -> list[str]:
     """Time of the fused kernels, and the share of the speed at which a copy would move the same bytes."""
     rows = [one for one in found["rows"] if one["provider"] == "triton"]
-    cases = list(dict.fromkeys(f"{'x'.join(map(str, one['shape']))}, {one['dtype']}" for one in rows))
+    cases = list(dict.fromkeys(f"{shape(one)}, {one['dtype']}" for one in rows))
     head = (f"{found['device']}, BxHxWxC: ms (share of a copy's speed)", *cases)
     names = {"infer": "inference", "train": "forward in training", "backward": "backward"}
     return grid(
@@ -192,6 +192,59 @@ def scaling(found: Document) -> list[str]:
     ]
 
 
+def onnx_model(found: Document) -> list[str]:
+    """Time of a student beside its teacher in ONNX Runtime and itself in PyTorch; two sentences."""
+    ms = {row["what"]: row["ms"] for row in found["rows"] if "ms" in row}
+    case = found["rows"][0]
+    best, torch = ms["student, CUDA graph"], ms["student in PyTorch, CUDA graph"]
+    return [
+        f"ONNX Runtime {found['onnxruntime']}, {found['device']}, `{case['model']}` at {case['images'][2]} px, batch"
+        f" {case['images'][0]}, {case['dtype']}: teacher {ms['teacher, CUDA graph']:.1f} ms, student {best:.1f} ms"
+        f" ({ms['teacher']:.1f} and {ms['student']:.1f} without CUDA graphs),",
+        f"{ms['teacher, CUDA graph'] / best:.1f} times as fast. PyTorch runs this student in {torch:.1f} ms: ONNX"
+        f" Runtime takes {best / torch:.2f} times as long.",
+    ]
+
+
+def onnx_nodes(found: Document) -> list[str]:
+    """Time of a LineScan node in ONNX Runtime, and the share of a copy's speed."""
+    timed = [one for one in found["rows"] if one["part"] == "node" and "what" in one]
+    rows: dict[str, list[str]] = {}
+    for one in timed:
+        name = one["what"].replace("torch op", "Triton in PyTorch").replace("nodes", "one of several nodes")
+        rows.setdefault(name, [name]).append(f"{1e3 * one['ms_a_node']:.1f} ({one['share_of_floor']:.1%})")
+    head = f"{found['device']}, {timed[0]['dtype']}, BxHxWxC: us a node (share of a copy's speed)"
+    return grid((head, *dict.fromkeys(map(shape, timed))), rows.values())
+
+
+def onnx_checks(found: Document) -> list[str]:
+    """What was compared there, and a node against its function body; sentences."""
+    parity = [one for one in found["rows"] if one["part"] == "parity"]
+    library, body, ratio = (one for one in found["rows"] if one["part"] == "body")
+    copies = [one for one in found["rows"] if one["part"] == "memcpy"]
+    at_nodes, everywhere = (sum(len(one[key]) for one in copies) for key in ("memcpy_at_line_scans", "memcpy"))
+    errors = {one["dtype"]: max(two["error"] for two in parity if two["dtype"] == one["dtype"]) for one in parity}
+    return [
+        f"{len(parity)} comparisons with the reference at {len(set(map(shape, parity)))} shapes: errors of at most"
+        f" {', '.join(f'{error:.1e} ({dtype})' for dtype, error in errors.items())}, and two runs give the same bits.",
+        f"At {shape(body)}, {body['dtype']}, a node takes {library['ms']:.2f} ms by the library and {body['ms']:.2f} ms"
+        f" by its function body, {ratio['speedup']:.1f} times as long.",
+        f"{len(copies)} students of any size copy between host and device {everywhere} times, {at_nodes} at a node.",
+    ]
+
+
+def cuda_scan(found: Document) -> list[str]:
+    """How many comparisons the CUDA source passed by itself, and its times; one sentence."""
+    times = ", ".join(f"{1e3 * one['ms']:.0f} us at {shape(one)}" for one in found["times"] if "plan" in one)
+    passed = f"{found['checks'] - len(found['failed'])} of {found['checks']} comparisons"
+    return [f"Without ONNX Runtime the CUDA source passes {passed} and takes, in bf16, {times}."]
+
+
+def shape(row: Document) -> str:
+    """BxHxWxC as text."""
+    return "x".join(map(str, row["shape"]))
+
+
 TABLES: dict[str, tuple[str, Callable[[Document], list[str]]]] = {
     "demo": ("recipes/results/demo.json", demo),
     "dinov2": ("recipes/results/dinov2_small_photos.json", dinov2),
@@ -204,6 +257,10 @@ TABLES: dict[str, tuple[str, Callable[[Document], list[str]]]] = {
     "sublayers": ("kernels/benchmarks/results/mixer_h100.json", sublayers),
     "scaling": ("kernels/benchmarks/results/scaling_h100.json", scaling),
     "kernels": ("kernels/benchmarks/results/h100.json", kernels),
+    "onnx_model": ("kernels/benchmarks/results/onnx_model_h100.json", onnx_model),
+    "onnx_nodes": ("kernels/benchmarks/results/onnx_op_h100.json", onnx_nodes),
+    "onnx_checks": ("kernels/benchmarks/results/onnx_op_h100.json", onnx_checks),
+    "cuda_scan": ("kernels/benchmarks/results/cuda_line_scan_h100.json", cuda_scan),
 }
 
 

@@ -1,6 +1,6 @@
 """Compares the CUDA line scan with the reference, and times it: a program for a machine with a GPU and nvcc.
 
-    python tests/kernels/cuda_line_scan.py --output line_scan.json
+    python tests/kernels/cuda_line_scan.py --output kernels/benchmarks/results/cuda_line_scan_h100.json
 
 Shapes: B batch, H W grid, C channels, G groups. A plan is (wide, positions, stages, line_warps, channel_warps,
 helped), see `Plan` in line_scan.cu.
@@ -23,7 +23,9 @@ import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "kernels"))
+sys.path[:0] = [str(ROOT / "kernels"), str(ROOT / "kernels" / "benchmarks")]
+
+from conditions import conditions  # noqa: E402
 
 from gspn2_kernels.reference import line_scan_ref  # noqa: E402
 from gspn2_kernels.testing import random_inputs, relative_rms  # noqa: E402
@@ -212,17 +214,13 @@ def milliseconds(function: Callable[[], object], launches: int, replays: int) ->
     return statistics.median(times)
 
 
-def timed(library: Library, tune: bool) -> Iterator[dict[str, Any]]:
-    source = torch.ones(1 << 30, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    speed = 2 * source.numel() / milliseconds(lambda: target.copy_(source), 2, REPLAYS)
-    yield {"case": "copy", "gb_per_s": round(speed / 1e6, 1)}
+def timed(library: Library, tune: bool, copy_gb_per_s: float) -> Iterator[dict[str, Any]]:
     for shape in TIMED:
         batch, height, width, channels = shape
         inputs = [t.to("cuda", BF16) for t in random_inputs((1, height, width, channels))]
         inputs = [t.expand(batch, *t.shape[1:]).contiguous() for t in inputs]
         y = torch.empty_like(inputs[1])
-        floor = (13 * channels + 12) * 2 * batch * height * width / speed
+        floor = (13 * channels + 12) * 2 * batch * height * width / copy_gb_per_s / 1e6
         chosen = tuple(library.plan(inputs, y, 0))
         tried = {chosen, *plans(max(height, width), 2 * channels)} if tune else {chosen}
         for plan in sorted(tried, key=lambda plan: plan != chosen):
@@ -237,17 +235,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="write the JSON here, too")
     parser.add_argument("--tune", action="store_true", help="time all plans of a shape, not only the chosen one")
+    parser.add_argument("--commit", help="of the source, for a copy without its git history; default: ask git")
     options = parser.parse_args()
-    began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder, torch.cuda.stream(torch.cuda.Stream()):
+        found = conditions(torch.device("cuda"), options.commit)
+        began = time.perf_counter()
         library = Library(Path(folder))
         compiled = time.perf_counter()
         checks = list(compared(library))
         failed = [found for found in checks if not found["passed"]]
-        times = [] if failed else list(timed(library, options.tune))
+        times = [] if failed else list(timed(library, options.tune, found["copy_gb_per_s"]))
     report = {
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
+        **found,
+        "ms": "median of replays of a CUDA graph of many calls",
         "seconds_compiling": round(compiled - began, 1),
         "seconds": round(time.perf_counter() - began, 1),
         "checks": len(checks),

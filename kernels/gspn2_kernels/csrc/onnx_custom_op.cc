@@ -92,11 +92,7 @@ class Kernel {
     const void* data[4];
     for (size_t i = 0; i < 4; ++i) {
       const Ort::ConstValue input = context.GetInput(i);
-      const auto info = input.GetTensorTypeAndShapeInfo();
-      if (info.GetElementType() != kOnnxType<kDtype>) {
-        return Error(std::string(kInputs[i]) + " has another dtype than x, expected one for all inputs");
-      }
-      dims[i] = info.GetShape();
+      dims[i] = input.GetTensorTypeAndShapeInfo().GetShape();
       data[i] = input.GetTensorRawData();
     }
     const std::string wrong = Check(dims[0], dims[1], dims[2], dims[3]);
@@ -136,13 +132,27 @@ OrtStatusPtr ReadSegment(const OrtApi& api, const OrtKernelInfo* info, int64_t* 
   return Error("attribute segment is " + std::to_string(*segment) + ", expected 0 (no restart) or a number of lines");
 }
 
-// The output has the type and the shape of lam. Not the class's InferOutputShape with a type: of several ops of one
-// name ONNX Runtime asks the first alone, for every type.
+// Says which input has another type than x, whose type chose the op. ONNX Runtime would name none.
+OrtStatusPtr CheckTypes(const Ort::ConstKernelInfo& info, ONNXTensorElementDataType expected) {
+  for (size_t i = 1; i < info.GetInputCount(); ++i) {
+    if (info.GetInputTypeInfo(i).GetTensorTypeAndShapeInfo().GetElementType() != expected) {
+      return Error(std::string(kInputs[i]) + " has another dtype than x, expected one for all inputs");
+    }
+  }
+  return nullptr;
+}
+
+// The output has the type of x and the shape of lam. Not the class's InferOutputShape with a type: of several ops of
+// one name ONNX Runtime asks the first alone, for every type. It ignores an error from here.
 OrtStatusPtr InferShape(const OrtCustomOp*, OrtShapeInferContext* context) noexcept {
   const OrtApi& api = Ort::GetApi();
-  OrtTensorTypeAndShapeInfo* info = nullptr;
-  if (OrtStatus* status = api.ShapeInferContext_GetInputTypeShape(context, 1, &info)) return status;
-  return api.ShapeInferContext_SetOutputTypeShape(context, 0, info);
+  OrtTensorTypeAndShapeInfo *x = nullptr, *lam = nullptr;
+  ONNXTensorElementDataType type;
+  if (OrtStatus* status = api.ShapeInferContext_GetInputTypeShape(context, 0, &x)) return status;
+  if (OrtStatus* status = api.ShapeInferContext_GetInputTypeShape(context, 1, &lam)) return status;
+  if (OrtStatus* status = api.GetTensorElementType(x, &type)) return status;
+  if (OrtStatus* status = api.SetTensorElementType(lam, type)) return status;  // lam is a copy of this context's
+  return api.ShapeInferContext_SetOutputTypeShape(context, 0, lam);
 }
 
 template <Dtype kDtype, bool kCuda>
@@ -155,6 +165,7 @@ struct Op : Ort::CustomOpBase<Op<kDtype, kCuda>, Kernel<kDtype, kCuda>, /*WithSt
   OrtStatusPtr CreateKernelV2(const OrtApi& api, const OrtKernelInfo* info, void** kernel) const noexcept {
     try {
       int64_t segment = 0;
+      if (OrtStatusPtr wrong = CheckTypes(Ort::ConstKernelInfo(info), kOnnxType<kDtype>)) return wrong;
       if (OrtStatusPtr wrong = ReadSegment(api, info, &segment)) return wrong;
       *kernel = new Kernel<kDtype, kCuda>(segment);
       return nullptr;
@@ -167,7 +178,10 @@ struct Op : Ort::CustomOpBase<Op<kDtype, kCuda>, Kernel<kDtype, kCuda>, /*WithSt
   const char* GetExecutionProviderType() const { return kCuda ? "CUDAExecutionProvider" : "CPUExecutionProvider"; }
   size_t GetInputTypeCount() const { return 4; }
   size_t GetOutputTypeCount() const { return 1; }
-  ONNXTensorElementDataType GetInputType(size_t) const { return kOnnxType<kDtype>; }
+  // x chooses the op; the others may have any type, so that CheckTypes can say which one is wrong.
+  ONNXTensorElementDataType GetInputType(size_t i) const {
+    return i == 0 ? kOnnxType<kDtype> : ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
+  }
   ONNXTensorElementDataType GetOutputType(size_t) const { return kOnnxType<kDtype>; }
 };
 
