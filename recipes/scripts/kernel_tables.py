@@ -1,0 +1,107 @@
+"""Tables and sentences of the READMEs that come from kernels/benchmarks/results; see tables.py."""
+
+from markdown_grid import Document, grid
+
+
+def kernels(found: Document) -> list[str]:
+    """Time of the fused kernels, and the share of the speed at which a copy would move the same bytes."""
+    rows = [one for one in found["rows"] if one["provider"] == "triton"]
+    cases = list(dict.fromkeys(f"{shape(one)}, {one['dtype']}" for one in rows))
+    head = (f"{found['device']}, BxHxWxC: ms (share of a copy's speed)", *cases)
+    names = {"infer": "inference", "train": "forward in training", "backward": "backward"}
+    return grid(
+        head,
+        [
+            (name, *(f"{one['ms']:.3g} ({100 * one['share_of_floor']:.0f}%)" for one in rows if one["pass"] == key))
+            for key, name in names.items()
+        ],
+    )
+
+
+def models(found: Document) -> list[str]:
+    """Time of a whole student beside its teacher."""
+    sizes = found["sizes"]
+    head = f"`{found['model']}`, {found['environment']['device']}, {found['dtype']}: ms"
+    columns = [f"{one['height']} px, batch {one['batch_size']}" for one in sizes]
+    rows = [(who, *(f"{one[who]['median_ms']:.2f}" for one in sizes)) for who in ("teacher", "student")]
+    return grid((head, *columns), [*rows, ("speed", *(f"{one['speedup']:.2f}x" for one in sizes))])
+
+
+def sublayers(found: Document) -> list[str]:
+    """How much faster a mixer's sub-layer is than attention's, and what it keeps for a backward; one sentence."""
+    rows = {(one["sublayer"], one["what"], one["height"]): one for one in found["rows"] if not one["compiled"]}
+    pairs = [(one, rows["mixer", key[1], key[2]]) for key, one in rows.items() if key[0] == "attention, cuDNN"]
+    ratios = [f"{a['ms'] / m['ms']:.1f} times at {a['height']}x{a['width']}" for a, m in pairs if a["what"] == "time"]
+    kept = [m["activation_bytes"] / a["activation_bytes"] for a, m in pairs if a["what"] == "memory"]
+    case = pairs[0][0]
+    return [
+        f"The sub-layer alone, from norm to residual, {case['batch']} images of C = {case['channels']}, R ="
+        f" {case['proxy']}: {' and '.join(ratios)} patches as fast as",
+        f"cuDNN's attention. In training, with C = {pairs[-1][0]['channels']}, it keeps {kept[0]:.0%} of the bytes.",
+    ]
+
+
+def scaling(found: Document) -> list[str]:
+    """How straight time grows with the tokens; one sentence."""
+    off = {
+        what: max(abs(one.get("off_line", 0.0)) for one in found["rows"] if one["what"] == what)
+        for what in ("student", "line scan")
+    }
+    side = max(one["side"] for one in found["rows"])
+    return [
+        f"One image, 64x64 to {side}x{side} patches: time stays within {off['student']:.1%} of a straight line for the"
+        f" student, and within {off['line scan']:.1%} for a scan alone."
+    ]
+
+
+def onnx_model(found: Document) -> list[str]:
+    """Time of a student beside its teacher in ONNX Runtime and itself in PyTorch; two sentences."""
+    ms = {row["what"]: row["ms"] for row in found["rows"] if "ms" in row}
+    case = found["rows"][0]
+    best, torch = ms["student, CUDA graph"], ms["student in PyTorch, CUDA graph"]
+    return [
+        f"ONNX Runtime {found['onnxruntime']}, {found['device']}, `{case['model']}` at {case['images'][2]} px, batch"
+        f" {case['images'][0]}, {case['dtype']}: teacher {ms['teacher, CUDA graph']:.1f} ms, student {best:.1f} ms"
+        f" ({ms['teacher']:.1f} and {ms['student']:.1f} without CUDA graphs),",
+        f"{ms['teacher, CUDA graph'] / best:.1f} times as fast. PyTorch runs this student in {torch:.1f} ms: ONNX"
+        f" Runtime takes {best / torch:.2f} times as long.",
+    ]
+
+
+def onnx_nodes(found: Document) -> list[str]:
+    """Time of a LineScan node in ONNX Runtime, and the share of a copy's speed."""
+    timed = [one for one in found["rows"] if one["part"] == "node" and "what" in one]
+    rows: dict[str, list[str]] = {}
+    for one in timed:
+        name = one["what"].replace("torch op", "Triton in PyTorch").replace("nodes", "one of several nodes")
+        rows.setdefault(name, [name]).append(f"{1e3 * one['ms_a_node']:.1f} ({one['share_of_floor']:.1%})")
+    head = f"{found['device']}, {timed[0]['dtype']}, BxHxWxC: us a node (share of a copy's speed)"
+    return grid((head, *dict.fromkeys(map(shape, timed))), rows.values())
+
+
+def onnx_checks(found: Document) -> list[str]:
+    """What was compared there, and a node against its function body; sentences."""
+    parity = [one for one in found["rows"] if one["part"] == "parity"]
+    library, body, ratio = (one for one in found["rows"] if one["part"] == "body")
+    copies = [one for one in found["rows"] if one["part"] == "memcpy"]
+    at_nodes, everywhere = (sum(len(one[key]) for one in copies) for key in ("memcpy_at_line_scans", "memcpy"))
+    errors = {one["dtype"]: max(two["error"] for two in parity if two["dtype"] == one["dtype"]) for one in parity}
+    return [
+        f"{len(parity)} comparisons with the reference at {len(set(map(shape, parity)))} shapes: errors of at most"
+        f" {', '.join(f'{error:.1e} ({dtype})' for dtype, error in errors.items())}, and two runs give the same bits.",
+        f"At {shape(body)}, {body['dtype']}, a node takes {library['ms']:.2f} ms by the library and {body['ms']:.2f} ms"
+        f" by its function body, {ratio['speedup']:.1f} times as long.",
+        f"{len(copies)} students of any size copy between host and device {everywhere} times, {at_nodes} at a node.",
+    ]
+
+
+def cuda_scan(found: Document) -> list[str]:
+    """How many comparisons the CUDA source passed by itself, and its times; one sentence."""
+    times = ", ".join(f"{1e3 * one['ms']:.0f} us at {shape(one)}" for one in found["times"] if "plan" in one)
+    passed = f"{found['checks'] - len(found['failed'])} of {found['checks']} comparisons"
+    return [f"Without ONNX Runtime the CUDA source passes {passed} and takes, in bf16, {times}."]
+
+
+def shape(row: Document) -> str:
+    """BxHxWxC as text."""
+    return "x".join(map(str, row["shape"]))
