@@ -12,6 +12,7 @@ Parts, each in a process of its own, so that one which fails leaves the others:
     body    a node by the library against the same by its function body
     memcpy  copies between host and device that ONNX Runtime adds to a converted ViT-Ti of any size
     model   all layers converted, in fp16, images of one shape: bits of a CUDA graph's replay; both models' times
+    profile the same student: the kernels that take most of the time
 
 Inputs and outputs stay on the device. Weights are random. Nothing is timed unless it is right. --export writes the
 files of the models and ends, which needs no GPU; --files finds them again.
@@ -32,6 +33,7 @@ from conditions import conditions, write
 from ort_bound import Row, Setting
 from ort_models import SMALL_DTYPES, export, export_small, memcpy, model
 from ort_nodes import body, node, parity
+from ort_profile import profile
 from timing import own_stream
 
 PARTS: dict[str, Callable[[Setting], Iterator[Row]]] = {
@@ -40,8 +42,9 @@ PARTS: dict[str, Callable[[Setting], Iterator[Row]]] = {
     "body": body,
     "memcpy": memcpy,
     "model": model,
+    "profile": profile,
 }
-SECONDS_AT_MOST = {"parity": 60, "node": 60, "body": 60, "memcpy": 60, "model": 120}
+SECONDS_AT_MOST = {"parity": 60, "node": 60, "body": 60, "memcpy": 60, "model": 120, "profile": 60}
 
 
 def main() -> None:
