@@ -16,7 +16,7 @@ from timm.models import VisionTransformer
 from gspn2convert.checkpoint import CheckpointStore
 from gspn2convert.convert import LayerReport, convert
 from gspn2convert.cost import count_parameters
-from gspn2convert.curriculum import ReducedStage
+from gspn2convert.curriculum import ReducedStage, guide_of, trained
 from gspn2convert.data import ImageSet, split_held_out
 from gspn2convert.environment import environment
 from gspn2convert.evaluate import class_of_label, evaluate
@@ -116,8 +116,7 @@ class Conversion:
                 student.set_input_size(_side(self.store.stage))
             student.load_state_dict(self.store.part("student."))
         if "fit" not in self.store.finished:
-            self.supply.prepare(self.options.stages)
-            student = self._fit(known) if self.given is None else self._take(self.given)
+            student = self._begin(known)
         self._score("fit", student)
         if 1 in self.options.stages and self.recipe.align.steps:
             if auto and "align" not in self.store.finished:
@@ -155,6 +154,17 @@ class Conversion:
             "environment": environment(self.accelerator.device),
         }
 
+    def _begin(self, keep: Sequence[int]) -> Gspn2Vit:
+        """Stage 0, or the student that was given."""
+        if any(spec.steps for _, spec, side in trained(self.recipe, self.options.stages) if not side):
+            self.supply.prepare()  # that the images do not fit is better found before stage 0
+        if self.given is None:
+            return self._fit(keep)
+        self.store.notes |= {"layers": [], "scores": {}}
+        self.store.seconds_spent["fit"] = 0.0
+        self.store.finish("fit", 0, self.given)
+        return self.given
+
     def _fit(self, keep: Sequence[int]) -> Gspn2Vit:
         """Stage 0; left out by the options, the mixers start at random."""
         fit, began = self.recipe.fit, time.monotonic()
@@ -173,13 +183,6 @@ class Conversion:
             student, reports = convert(self.teacher, recipe, calibration, held_out, keep, on_layer=layer_done)
         self.store.notes |= {"layers": [asdict(report) for report in reports], "scores": {}}
         self.store.seconds_spent["fit"] = time.monotonic() - began
-        self.store.finish("fit", 0, student)
-        return student
-
-    def _take(self, student: Gspn2Vit) -> Gspn2Vit:
-        """Start from a student that was given."""
-        self.store.notes |= {"layers": [], "scores": {}}
-        self.store.seconds_spent["fit"] = 0.0
         self.store.finish("fit", 0, student)
         return student
 
@@ -209,19 +212,12 @@ class Conversion:
         for number, size in enumerate(spec.sizes if spec.steps else ()):
             name = f"{CURRICULUM}{size}"
             self._see(size)
-            guide = self._guide(student, before)
+            guide = None
             if name not in self.store.finished:
+                guide = guide_of(student, before) if spec.target == "previous" else None
                 student.set_input_size(_side(name))
             self._train(name, spec.at(number), functools.partial(self._curriculum_stage, before, guide), student)
             before = _side(name)
-
-    def _guide(self, student: Gspn2Vit, before: tuple[int, int]) -> Gspn2Vit | None:
-        """The student of the size before, where it gives the targets."""
-        if self.recipe.curriculum.target != "previous":
-            return None
-        guide = copy.deepcopy(student)
-        guide.set_input_size(before)  # for one that is resumed at the next size; its weights are in the checkpoint
-        return guide
 
     def _see(self, size: int) -> None:
         """Take images of this size from here on; 0 is the teacher's own."""
@@ -239,6 +235,7 @@ class Conversion:
     def _train(self, name: str, spec: Align | Recover, objective: MakeObjective, student: Gspn2Vit) -> None:
         """Stage 1 or 2, or one size of stage 3, unless the checkpoint says that it is done."""
         if name not in self.store.finished:
+            self.supply.prepare()  # before CUDA graphs take their memory
             train_stage(
                 name,
                 objective(student, self.taught),
@@ -264,7 +261,7 @@ class Conversion:
         spec, statistics = self.recipe.curriculum, channel_statistics(self.teacher, self.held_out.images)
         if spec.target == "teacher":
             return RecoverStage(student, teacher, spec.losses, statistics)
-        return ReducedStage(student, teacher, spec.losses, statistics, guide or teacher, before)
+        return ReducedStage(student, teacher, spec.losses, statistics, teacher if guide is None else guide, before)
 
     def _score(self, name: str, student: Gspn2Vit) -> None:
         """Note how good the student is after a stage, once."""

@@ -5,6 +5,7 @@ Shapes: B batch, N = P + H W tokens, P prefix tokens, C channels, H W grid of pa
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -55,6 +56,16 @@ class ReducedStage(RecoverStage):
         reduced = F.interpolate(images, self.size, mode="bicubic", antialias=True, align_corners=False)
         tokens = frozen_tokens(self._guide[0], reduced)
         return resize_patches(tokens, grid_size(self.student, *self.size), grid_size(self.student, *images.shape[-2:]))
+
+
+def guide_of(student: Gspn2Vit, size: tuple[int, int]) -> Gspn2Vit:
+    """The student of a size (height, width), to teach that of the next one; one that is resumed has the next already.
+
+    Its weights are then those of the checkpoint.
+    """
+    guide = copy.deepcopy(student)
+    guide.set_input_size(size)
+    return guide
 
 
 def teacher_size(recipe: Recipe, img_size: int | None, stages: Sequence[int]) -> int | None:

@@ -60,6 +60,8 @@ def distill(
     size = teacher_size(recipe, img_size, options.stages)
     vit = load_teacher(teacher, weights=teacher_weights, img_size=size)
     given = None if student is None else load_given(student, vit, keep)
+    if given is not None:
+        recipe = recipe_of(given, recipe)
     kept = read_keep(recipe.keep if keep is None else keep, len(vit.blocks))
     channels = vit.patch_embed.proj.in_channels
     images, test = (open_images(data, split, in_chans=channels) for split in ("train", "test"))
@@ -104,6 +106,7 @@ def distill_student(
         raise UserError("every block keeps attention, so there is nothing to convert; keep fewer with --keep")
     check_output_folder(options.output, options.resume)
     check_sizes(teacher, recipe, options.stages)
+    _check_stages(recipe, options.stages, given)
     accelerator = make_accelerator(options.device, options.precision)
     for _, spec, _ in trained(recipe, options.stages):
         own_share(spec.batch_size if spec.steps else 0, accelerator.process_index, accelerator.num_processes)
@@ -124,6 +127,18 @@ def distill_student(
         store.path.unlink(missing_ok=True)
     accelerator.end_training()
     return metrics
+
+
+def _check_stages(recipe: Recipe, stages: Sequence[int], given: Gspn2Vit | None) -> None:
+    """Make sure that the stages which are asked for do something, and tell where mixers start from nothing."""
+    if stages and (0 not in stages or given) and not any(spec.steps for _, spec, _ in trained(recipe, stages)):
+        asked = ", ".join(map(str, stages))
+        raise UserError(
+            f"stages {asked} of recipe {recipe.name} have nothing to do: stage 0 needs no student to go on from, "
+            "1 and 2 need steps, 3 needs sizes (curriculum.sizes); name other stages, or another recipe"
+        )
+    if stages and 0 not in stages and given is None:
+        logger.warning("without stage 0 and without a student to go on from, the mixers start at random")
 
 
 def _identity(teacher: VisionTransformer, recipe: Recipe, options: Options, given: Gspn2Vit | None) -> dict[str, str]:

@@ -71,7 +71,7 @@ def plan(
         "parameters": {"teacher": before.parameters, "student": after.parameters},
         "macs": {"teacher": before.macs, "student": after.macs},
         "fit_images": recipe.fit.images if 0 in stages else 0,
-        "fit_bytes": _fit_bytes(vit, recipe, after),
+        "fit_bytes": _fit_bytes(vit, recipe, after) if 0 in stages else 0,
         "stages": [
             _training(name, spec, aligned if name == "align" else converted, (side, side) if side else (height, width))
             for name, spec, side in trained(recipe, stages)

@@ -1,7 +1,7 @@
-"""Stage 2, recover: the student as a whole learns to give the teacher's final tokens and logits.
+"""Stages 2 and 3: the student as a whole learns to give the teacher's final tokens and logits.
 
-On a GPU a step is replayed as CUDA graphs: a small ViT is thousands of short kernels forward and backward, which a
-CPU cannot launch as fast as the GPU runs them.
+On a GPU the passes of a step are replayed as CUDA graphs: forward and backward a small ViT is thousands of short
+kernels, which a CPU cannot launch as fast as the GPU runs them.
 
 Shapes: B batch, N tokens, P prefix tokens, C channels.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import random
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -54,6 +55,7 @@ class RecoverStage(Objective):
         self.register_buffer("mean", statistics[0].clone())
         self.register_buffer("std", statistics[1].clone())
         self._graphs: dict[int, Callable[..., Terms]] = {}  # by the number of their inputs
+        self._recorded = torch.Size()  # shape of the images that they take
         self.adapters = nn.ModuleDict()
         if losses.mixer > 0:
             self.adapters.update({str(site): _identity(student.embed_dim, self.mean) for site in self.mixers})
@@ -84,6 +86,7 @@ class RecoverStage(Objective):
         weights, inputs = self.weights(progress), [images]
         if "mixer" in weights:
             inputs.append(tapped_tokens(progress, self._tokens(images)).to(images.device))
+        assert not self._graphs or images.shape == self._recorded, "a graph would read other images as its own"
         terms = self._graphs.get(len(inputs), self.terms)(*inputs)
         loss = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
         return {"loss": loss, **terms}
@@ -130,9 +133,12 @@ class RecoverStage(Objective):
         """
         inputs: list[tuple[Tensor, ...]] = [(images,)]
         if "mixer" in self.weights(0.0):
-            inputs.append((images, tapped_tokens(0.0, self._tokens(images)).to(images.device)))
+            # First, for gradients stay on the stream of the recording that made them first, and DDP wants one stream.
+            inputs.insert(0, (images, tapped_tokens(0.0, self._tokens(images)).to(images.device)))
         dtype, wanted = torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda")
-        torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)  # it is what recording does
+        # The gradients' stream is that of the recording, not that of the replays: it is so in every such graph.
+        warnings.filterwarnings("ignore", "The AccumulateGrad node's stream does not match")
+        self._recorded = images.shape
         pool = torch.cuda.graph_pool_handle()  # of one memory, for the graphs never run at once
         # Weights in low precision must be made anew in each replay, not kept from the recording.
         with torch.autocast("cuda", dtype, wanted, cache_enabled=False):

@@ -54,9 +54,9 @@ class Supply:
         )
         return (pixels for pixels, _ in pairs)
 
-    def prepare(self, stages: Sequence[int]) -> None:
-        """Decode images for the cache of stages 1 and 2: that they do not fit is better found before stage 0."""
-        if self.cached and {1, 2} & set(stages):
+    def prepare(self) -> None:
+        """Decode images for the cache, where there is to be one."""
+        if self.cached:
             self._cached()
 
     def shape(self, spec: Align | Recover) -> tuple[int, ...]:

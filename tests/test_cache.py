@@ -127,6 +127,24 @@ def test_a_smooth_image_is_reduced_as_pillow_and_torch_do(side, size):
     )  # rounded to bytes twice, 4e-3 more
 
 
+@pytest.mark.parametrize("area", [0.5, 0.7, 1.0])
+def test_a_view_is_as_sharp_as_the_image_that_pillow_reduces(area):
+    """Of an image with as much detail at every scale as photographs have, stored as the cache of 224 px stores it."""
+    spectrum = torch.fft.rfft2(noise(3, 354, 354) - 0.5)
+    frequency = torch.hypot(torch.fft.fftfreq(354).view(-1, 1), torch.fft.rfftfreq(354)).clamp_min(1 / 354)
+    image = torch.fft.irfft2(spectrum / frequency, s=(354, 354))
+    image = (0.5 + 0.12 * image / image.std()).clamp(0, 1)
+    half = area**0.5
+    found = cut(image.unsqueeze(0), torch.tensor([[0.0, 0.0, half, half]]), (224, 224))[0]
+    edge = 177 * (1 - half)
+    box = (edge, edge, 354 - edge, 354 - edge)
+    reduced = np.asarray(photo(image).resize((224, 224), Image.Resampling.BICUBIC, box=box))
+    sharp, expected = (
+        (each.diff(dim=-1) ** 2).mean() for each in (found, torch.tensor(reduced).permute(2, 0, 1) / 255)
+    )
+    assert 0.8 < sharp / expected < 1.25
+
+
 def test_detail_too_fine_for_the_view_is_averaged():
     board = (torch.arange(64).view(-1, 1) + torch.arange(64)) % 2
     found = cut(board.float().view(1, 1, 64, 64), WHOLE, (32, 32))

@@ -25,8 +25,10 @@ from gspn2convert.model import Gspn2Vit, build_student
 from gspn2convert.progress import Progress
 from gspn2convert.recipe import RecoverLosses, parse_recipe
 from gspn2convert.recover import channel_statistics
+from gspn2convert.supply import Supply
 from gspn2convert.teachers import load_teacher
 from gspn2convert.train import make_accelerator
+from gspn2convert.vit import data_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -211,6 +213,14 @@ def test_what_is_saved_is_what_was_trained(tmp_path, undisturbed):
     images = pixels(range(3), 44)
     with torch.no_grad():
         assert torch.equal(gspn2convert.load(folder).forward_features(images), student.forward_features(images))
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_the_shape_of_batches_is_known_before_they_come(cached):
+    images, recipe = ImageSet("part", Part("train", 30), in_chans=1), parse_recipe(RECIPE, "test")
+    config = data_config(load_teacher("demo")) | {"input_size": (1, 36, 36)}
+    supply = Supply(images, range(20), config, recipe, make_accelerator("cpu"), workers=0, cached=cached)
+    assert supply.shape(recipe.align) == next(supply.training(recipe.align, 0, 0)).shape == (4, 1, 36, 36)
 
 
 def test_the_guide_is_the_student_as_it_was_before_it_took_the_next_size(tmp_path, monkeypatch):

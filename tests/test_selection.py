@@ -232,6 +232,7 @@ def test_a_sample_of_held_out_images_is_from_all_over_them(tiny_teacher):
     for name in ("tokens", "logits"):
         assert torch.equal(torch.cat(getattr(part, name)), torch.cat(getattr(whole, name))[chosen])
     assert len(torch.cat(whole.images)) == 13
+    assert [len(batch) for batch in whole.sample(7).images] == [5, 2]
 
 
 def in_two_processes(folder, what):

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from gspn2convert.model import build_student
 from gspn2convert.recipe import Align, Mixer, Recover, RecoverLosses
 from gspn2convert.recover import RecoverStage, channel_statistics, tapped_tokens
-from gspn2convert.stage import AlignStage
+from gspn2convert.stage import AlignStage, frozen_tokens
 
 LOSSES = RecoverLosses(prefix=1.0, patch=0.9, smooth_l1=0.1, mixer=0.5, logits=0.7, temperature=2.0, mixer_until=0.6)
 IMAGES = torch.randn(4, 3, 32, 48, generator=torch.Generator().manual_seed(1))
@@ -223,6 +223,19 @@ def test_stages_run_the_student_without_dropout(pair):
     with torch.no_grad():
         first, second = stage(IMAGES, 0.0), stage(IMAGES, 0.0)
     assert torch.equal(first["loss"], second["loss"])
+
+
+@pytest.mark.parametrize(("dtype", "given"), [(torch.bfloat16, torch.bfloat16), (torch.float32, torch.float32)])
+def test_a_teacher_runs_in_its_own_dtype_under_autocast(make_pair, dtype, given):
+    """Its norms, too: autocast would give float32 tokens of a model in bfloat16."""
+    _, teacher = make_pair()
+    teacher.to(dtype)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        found = frozen_tokens(teacher, IMAGES)
+        with torch.autocast("cpu", enabled=False):
+            expected = teacher.forward_features(IMAGES.to(dtype))
+    assert found.dtype == given
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.0 if dtype == torch.bfloat16 else 0.1)
 
 
 @pytest.mark.gpu

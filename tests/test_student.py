@@ -215,3 +215,28 @@ def test_size_of_the_teacher(recipe, img_size, stages, size):
 def test_two_sizes_that_differ():
     with pytest.raises(UserError, match="recipe has size 224, and --img-size is 336; leave one of them out"):
         teacher_size(load_recipe("dinov2_small_photos"), 336, (0, 1, 2, 3))
+
+
+@pytest.mark.parametrize("stages", [(0,), (3,), (0, 3)])
+def test_stages_that_have_nothing_to_do_are_refused(run, tmp_path, stages):
+    run("fit", stages=(0,))
+    sentence = "have nothing to do: stage 0 needs no student to go on from, 1 and 2 need steps, 3 needs sizes"
+    without = RECIPE.replace("sizes: [40, 48]", "sizes: []")
+    assert without != RECIPE
+    with pytest.raises(UserError, match=sentence):
+        run("on", stages=stages, student=tmp_path / "fit", recipe=without)
+    with pytest.raises(UserError, match=sentence):
+        run("alone", stages=(3,), recipe=without)
+    assert not (tmp_path / "on").exists()
+    assert not (tmp_path / "alone").exists()
+
+
+def test_mixers_that_start_at_random_are_told_of(run, caplog):
+    run("random", stages=(1,))
+    assert "the mixers start at random" in caplog.text
+
+
+def test_an_output_below_a_file_is_refused_at_once(run, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"out cannot be made: .*file is no folder that can be written to$"):
+        run("file/out", stages=(0,))

@@ -82,6 +82,7 @@ def onnx_nodes(found: Document) -> list[str]:
 def onnx_checks(found: Document) -> list[str]:
     """What was compared there, and a node against its function body; sentences."""
     parity = [one for one in found["rows"] if one["part"] == "parity"]
+    assert all(one["same_bits"] for one in parity)
     library, body, ratio = (one for one in found["rows"] if one["part"] == "body")
     copies = [one for one in found["rows"] if one["part"] == "memcpy"]
     at_nodes, everywhere = (sum(len(one[key]) for one in copies) for key in ("memcpy_at_line_scans", "memcpy"))
