@@ -100,16 +100,12 @@ def distill_student(
     """
     if given is not None:
         keep, recipe = kept_blocks(given), recipe_of(given, recipe)
-    if isinstance(keep, Auto):
-        keep.check(len(teacher.blocks))
-    elif len(keep) == len(teacher.blocks):
-        raise UserError("every block keeps attention, so there is nothing to convert; keep fewer with --keep")
+    _check_keep(keep, len(teacher.blocks))
     check_output_folder(options.output, options.resume)
     check_sizes(teacher, recipe, options.stages)
     _check_stages(recipe, options.stages, given)
     accelerator = make_accelerator(options.device, options.precision)
-    for _, spec, _ in trained(recipe, options.stages):
-        own_share(spec.batch_size if spec.steps else 0, accelerator.process_index, accelerator.num_processes)
+    _check_batches(recipe, options.stages, accelerator.num_processes)
     blocks = str(keep) if isinstance(keep, Auto) else ",".join(map(str, keep))
     what = {"teacher": teacher_name, "data": images.name, "keep": blocks}
     identity = what | _identity(teacher, recipe, options, given)
@@ -127,6 +123,19 @@ def distill_student(
         store.path.unlink(missing_ok=True)
     accelerator.end_training()
     return metrics
+
+
+def _check_keep(keep: Sequence[int] | Auto, depth: int) -> None:
+    if isinstance(keep, Auto):
+        keep.check(depth)
+    elif len(keep) == depth:
+        raise UserError("every block keeps attention, so there is nothing to convert; keep fewer with --keep")
+
+
+def _check_batches(recipe: Recipe, stages: Sequence[int], processes: int) -> None:
+    """Make sure that every stage's batches can be shared out, before the first of them runs."""
+    for _, spec, _ in trained(recipe, stages):
+        own_share(spec.batch_size if spec.steps else 0, 0, processes)
 
 
 def _check_stages(recipe: Recipe, stages: Sequence[int], given: Gspn2Vit | None) -> None:

@@ -32,7 +32,9 @@ def found(pattern: str) -> list[str]:
 def tables():
     spec = importlib.util.spec_from_file_location("tables", ROOT / "recipes" / "scripts" / "tables.py")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "recipes" / "scripts")
+        spec.loader.exec_module(module)
     return module
 
 
