@@ -135,9 +135,9 @@ class Conversion:
         layers = self.store.notes["layers"]
         chosen = {"selection": self.store.notes["selection"]} if "selection" in self.store.notes else {}
         return {
-            "teacher": _public(teacher_name),
+            "teacher": public_name(teacher_name),
             "recipe": self.recipe.name,
-            "data": _public(self.images.name),
+            "data": public_name(self.images.name),
             "seed": self.recipe.seed,
             "stages_run": [stage for stage in self.options.stages if stage < 3 or self.recipe.curriculum.sizes],
             "kept_layers": [i for i, block in enumerate(student.blocks) if not isinstance(block, GspnBlock)],
@@ -291,6 +291,6 @@ def _stage_seed(seed: int, name: str) -> int:
     return generator(seed, name).initial_seed() if number is None else 2 * seed + number
 
 
-def _public(name: str) -> str:
+def public_name(name: str) -> str:
     """A name for files that travel: the last part of a path says enough, and nothing of the machine."""
     return Path(name).name if Path(name).is_absolute() else name

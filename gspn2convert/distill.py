@@ -13,7 +13,7 @@ from timm.models import VisionTransformer
 
 from gspn2convert.artifact import check_output_folder, holds_files, save_student
 from gspn2convert.checkpoint import CheckpointStore
-from gspn2convert.conversion import Conversion, Options
+from gspn2convert.conversion import Conversion, Options, public_name
 from gspn2convert.curriculum import check_sizes, teacher_size, trained
 from gspn2convert.data import ImageSet, open_images, own_share
 from gspn2convert.errors import UserError
@@ -110,7 +110,7 @@ def distill_student(
     what = {"teacher": teacher_name, "data": images.name, "keep": blocks}
     identity = what | _identity(teacher, recipe, options, given)
     store = CheckpointStore(options.output, identity, main=accelerator.is_main_process)
-    if options.resume and not store.load() and (done := _finished(options.output)):
+    if options.resume and not store.load() and (done := _finished(options.output, teacher_name, images.name)):
         return done
     with Progress(quiet=options.quiet or not accelerator.is_main_process) as progress:
         given = None if given is None else given.to(accelerator.device)
@@ -163,15 +163,21 @@ def _identity(teacher: VisionTransformer, recipe: Recipe, options: Options, give
     }
 
 
-def _finished(folder: Path) -> dict[str, Any] | None:
+def _finished(folder: Path, teacher: str, data: str) -> dict[str, Any] | None:
     """The metrics of a run that has ended, None in an empty folder; one of something else must not be written to."""
     if not holds_files(folder):
         logger.warning("nothing to resume in %s, starting from the beginning", folder)
         return None
     if not all((folder / name).is_file() for name in ("config.json", "metrics.json", "recipe.yaml")):
         raise UserError(f"{folder} holds files, but no run to resume; name the folder of the run, or a new one")
-    logger.warning("%s is finished already, nothing to resume", folder)
     metrics: dict[str, Any] = json.loads((folder / "metrics.json").read_text())
+    for what, asked in (("teacher", public_name(teacher)), ("data", public_name(data))):
+        if metrics[what] != asked:
+            raise UserError(
+                f"{folder} is finished, with {what} {metrics[what]} and not {asked}; name another folder, and to go on "
+                f"from this one --student {folder}"
+            )
+    logger.warning("%s is finished already, nothing to resume; to go on from it: --student %s", folder, folder)
     return metrics
 
 

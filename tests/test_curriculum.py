@@ -217,7 +217,10 @@ def test_what_is_saved_is_what_was_trained(tmp_path, undisturbed):
 
 @pytest.mark.parametrize("cached", [False, True])
 def test_the_shape_of_batches_is_known_before_they_come(cached):
-    images, recipe = ImageSet("part", Part("train", 30), in_chans=1), parse_recipe(RECIPE, "test")
+    images, recipe = (
+        ImageSet("part", Part("train", 30), in_chans=1),
+        parse_recipe(RECIPE.replace("TARGET", "teacher"), "test"),
+    )
     config = data_config(load_teacher("demo")) | {"input_size": (1, 36, 36)}
     supply = Supply(images, range(20), config, recipe, make_accelerator("cpu"), workers=0, cached=cached)
     assert supply.shape(recipe.align) == next(supply.training(recipe.align, 0, 0)).shape == (4, 1, 36, 36)

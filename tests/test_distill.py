@@ -440,6 +440,20 @@ def test_resuming_a_finished_run_changes_nothing(run, tmp_path):
     assert pictures.read_in_order == []
 
 
+def test_a_finished_run_of_something_else_is_not_taken_for_what_is_asked(run, teacher, tmp_path):
+    run(stages=(0,))
+    before = snapshot(tmp_path / "out")
+    sets = {name: ImageSet(name, Pictures()) for name in ("pictures", "others")}
+    how = Options(output=tmp_path / "out", device="cpu", quiet=True, stages=(0,), resume=True)
+    asked = (("pictures", "small", "teacher tiny and not small"), ("others", "tiny", "data pictures and not others"))
+    for images, name, words in asked:
+        with pytest.raises(UserError, match=f"is finished, with {words}; name another folder, and to go on from this"):
+            distill_student(
+                *(teacher, parse_recipe(RECIPE, "test"), sets[images], sets["pictures"], how), teacher_name=name
+            )
+    assert snapshot(tmp_path / "out") == before
+
+
 @pytest.fixture
 def stopped(run, tmp_path):
     """The folder of a run that SIGTERM stopped in align."""

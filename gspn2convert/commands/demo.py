@@ -62,9 +62,8 @@ def command(output: Path, device: str) -> dict[str, Any]:
     try:
         metrics = distill(_DEMO, load_recipe(_DEMO), _DEMO, Options(output=output, device=device, quiet=wants_json()))
     except Interrupted as stop:
-        raise click.ClickException(
-            f"the demo was stopped in stage {stop.stage}; remove {output} to start again"
-        ) from stop
+        again = f"remove {output} to start again" if output.exists() else "nothing was written, so start it again"
+        raise click.ClickException(f"the demo was stopped in stage {stop.stage}; {again}") from stop
     seconds["distill"] = time.perf_counter() - start
     document = {
         "output": str(output),
