@@ -149,6 +149,7 @@ TABLES: dict[str, tuple[str, Callable[[Document], list[str]]]] = {
     "scaling": ("kernels/benchmarks/results/scaling_h100.json", kernel_tables.scaling),
     "kernels": ("kernels/benchmarks/results/h100.json", kernel_tables.kernels),
     "onnx_model": ("kernels/benchmarks/results/onnx_model_h100.json", kernel_tables.onnx_model),
+    "onnx_cpu": ("kernels/benchmarks/results/onnx_op_cpu.json", kernel_tables.onnx_cpu),
     "onnx_nodes": ("kernels/benchmarks/results/onnx_op_h100.json", kernel_tables.onnx_nodes),
     "onnx_checks": ("kernels/benchmarks/results/onnx_op_h100.json", kernel_tables.onnx_checks),
     "cuda_scan": ("kernels/benchmarks/results/cuda_line_scan_h100.json", kernel_tables.cuda_scan),
