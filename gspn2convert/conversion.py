@@ -16,7 +16,7 @@ from timm.models import VisionTransformer
 from gspn2convert.checkpoint import CheckpointStore
 from gspn2convert.convert import LayerReport, convert
 from gspn2convert.cost import count_parameters
-from gspn2convert.curriculum import ReducedStage, guide_of, trained
+from gspn2convert.curriculum import CURRICULUM, ReducedStage, guide_of, trained
 from gspn2convert.data import ImageSet, split_held_out
 from gspn2convert.environment import environment
 from gspn2convert.evaluate import class_of_label, evaluate
@@ -24,7 +24,7 @@ from gspn2convert.held_out import HeldOut
 from gspn2convert.images import spread
 from gspn2convert.interrupt import Interrupted, StopWish
 from gspn2convert.keep import Auto
-from gspn2convert.model import Gspn2Vit, GspnBlock, build_student
+from gspn2convert.model import Gspn2Vit, build_student, kept_blocks
 from gspn2convert.progress import Progress
 from gspn2convert.recipe import Align, Recipe, Recover
 from gspn2convert.recover import RecoverStage, channel_statistics
@@ -35,7 +35,6 @@ from gspn2convert.train import train_stage
 from gspn2convert.views import generator
 from gspn2convert.vit import data_config
 
-CURRICULUM = "curriculum-"  # a size's name begins so
 _STAGE_SEEDS = {"align": 0, "recover": 1}
 
 MakeObjective = Callable[[Gspn2Vit, VisionTransformer], Objective]
@@ -140,7 +139,7 @@ class Conversion:
             "data": public_name(self.images.name),
             "seed": self.recipe.seed,
             "stages_run": [stage for stage in self.options.stages if stage < 3 or self.recipe.curriculum.sizes],
-            "kept_layers": [i for i, block in enumerate(student.blocks) if not isinstance(block, GspnBlock)],
+            "kept_layers": kept_blocks(student),
             **chosen,
             "parameters": {"teacher": count_parameters(self.teacher), "student": count_parameters(student)},
             "teacher_top1": self._top1(self.teacher),
@@ -208,15 +207,14 @@ class Conversion:
 
     def _climb(self, student: Gspn2Vit) -> None:
         """Stage 3: one size after the other; the student stays at the last."""
-        spec, before = self.recipe.curriculum, self.supply.data_config["input_size"][1:]
-        for number, size in enumerate(spec.sizes if spec.steps else ()):
-            name = f"{CURRICULUM}{size}"
+        climbs, before = self.recipe.curriculum.steps > 0, self.supply.data_config["input_size"][1:]
+        for name, spec, size in trained(self.recipe, [3]) if climbs else ():
             self._see(size)
             guide = None
             if name not in self.store.finished:
-                guide = guide_of(student, before) if spec.target == "previous" else None
+                guide = guide_of(student, before) if self.recipe.curriculum.target == "previous" else None
                 student.set_input_size(_side(name))
-            self._train(name, spec.at(number), functools.partial(self._curriculum_stage, before, guide), student)
+            self._train(name, spec, functools.partial(self._curriculum_stage, before, guide), student)
             before = _side(name)
 
     def _see(self, size: int) -> None:

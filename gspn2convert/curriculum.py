@@ -21,6 +21,8 @@ from gspn2convert.recover import RecoverStage
 from gspn2convert.stage import frozen_tokens
 from gspn2convert.vit import grid_size
 
+CURRICULUM = "curriculum-"  # a size's name begins so
+
 
 class ReducedStage(RecoverStage):
     """Recovery at a size at which no teacher is asked: the targets come from a guide that sees a reduced image.
@@ -107,7 +109,7 @@ def trained(recipe: Recipe, stages: Sequence[int]) -> Iterator[tuple[str, Align 
     if 2 in stages:
         yield "recover", recipe.recover, 0
     for number, side in enumerate(recipe.curriculum.sizes if 3 in stages else ()):
-        yield f"curriculum-{side}", recipe.curriculum.at(number), side
+        yield f"{CURRICULUM}{side}", recipe.curriculum.at(number), side
 
 
 def resize_patches(tokens: Tensor, grid: tuple[int, int], wanted: tuple[int, int]) -> Tensor:

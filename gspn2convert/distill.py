@@ -17,9 +17,9 @@ from gspn2convert.conversion import Conversion, Options, public_name
 from gspn2convert.curriculum import check_sizes, teacher_size, trained
 from gspn2convert.data import ImageSet, open_images, own_share
 from gspn2convert.errors import UserError
-from gspn2convert.given import kept_blocks, load_given, recipe_of
+from gspn2convert.given import load_given, recipe_of
 from gspn2convert.keep import Auto, read_keep
-from gspn2convert.model import Gspn2Vit
+from gspn2convert.model import Gspn2Vit, kept_blocks
 from gspn2convert.progress import Progress
 from gspn2convert.recipe import Recipe, dump_recipe
 from gspn2convert.teachers import load_teacher
@@ -60,9 +60,7 @@ def distill(
     size = teacher_size(recipe, img_size, options.stages)
     vit = load_teacher(teacher, weights=teacher_weights, img_size=size)
     given = None if student is None else load_given(student, vit, keep)
-    if given is not None:
-        recipe = recipe_of(given, recipe)
-    kept = read_keep(recipe.keep if keep is None else keep, len(vit.blocks))
+    kept = () if given is not None else read_keep(recipe.keep if keep is None else keep, len(vit.blocks))
     channels = vit.patch_embed.proj.in_channels
     images, test = (open_images(data, split, in_chans=channels) for split in ("train", "test"))
     return distill_student(vit, recipe, images, test, options, teacher_name=teacher, keep=kept, given=given)

@@ -9,7 +9,7 @@ from timm.models import VisionTransformer
 
 from gspn2convert.artifact import load
 from gspn2convert.errors import UserError
-from gspn2convert.model import Gspn2Vit, GspnBlock
+from gspn2convert.model import Gspn2Vit, kept_blocks
 from gspn2convert.recipe import Mixer, Recipe
 
 
@@ -33,11 +33,6 @@ def load_given(folder: Path, teacher: VisionTransformer, keep: str | None) -> Gs
         differing = next(name for name in sorted({*plain, *theirs}) if plain.get(name) != theirs.get(name))
         raise UserError(f"{folder} is no student of this teacher: {differing} differs; name the teacher it came from")
     return given
-
-
-def kept_blocks(given: Gspn2Vit) -> list[int]:
-    """Blocks that have attention."""
-    return [i for i, block in enumerate(given.blocks) if not isinstance(block, GspnBlock)]
 
 
 def recipe_of(given: Gspn2Vit, recipe: Recipe) -> Recipe:

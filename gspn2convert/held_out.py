@@ -40,7 +40,7 @@ class HeldOut:
         total = sum(map(len, self.images))
         if count >= total:
             return self
-        chosen, size, part = list(spread(range(total), count)), len(self.images[0]), copy.copy(self)
+        chosen, size, part = spread(range(total), count), len(self.images[0]), copy.copy(self)
         # In full batches again: a few images of each would take as many passes as all of them.
         part.images, part.tokens, part.logits = (
             list(torch.cat(batches)[chosen].split(size)) for batches in (self.images, self.tokens, self.logits)

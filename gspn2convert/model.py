@@ -259,6 +259,11 @@ def build_student(teacher: nn.Module, gspn_layers: Sequence[int], mixer: dict[st
     return student.eval()
 
 
+def kept_blocks(student: Gspn2Vit) -> list[int]:
+    """Blocks that have attention."""
+    return [i for i, block in enumerate(student.blocks) if not isinstance(block, GspnBlock)]
+
+
 def _inherit(student: Gspn2Vit, teacher: VisionTransformer) -> None:
     """Copy every weight of the teacher to its place in the student, and make sure that none is lost."""
     state, weights, homeless = student.state_dict(), {}, []

@@ -116,10 +116,10 @@ class RecoverStage(Objective):
         if target_logits is not None:
             terms["logits"] = kl(self.student.forward_head(output), target_logits, self.losses.temperature)
         if tapped is not None:
-            outputs = [(ours.outputs[site], theirs.outputs[site]) for site in sites]
-            pairs = [[each.index_select(1, tapped) for each in pair] for pair in outputs]
-            adapted = [self.adapters[str(site)](student) for site, (student, _) in zip(sites, pairs, strict=True)]
-            differences = [normalised_difference(own, pair[1]) for own, pair in zip(adapted, pairs, strict=True)]
+            differences = []
+            for site in sites:
+                student, teacher = (taps.outputs[site].index_select(1, tapped) for taps in (ours, theirs))
+                differences.append(normalised_difference(self.adapters[str(site)](student), teacher))
             terms["mixer"] = torch.stack(differences).mean()
         return terms
 
@@ -131,10 +131,11 @@ class RecoverStage(Objective):
         Args:
             images: (B, 3, height, width) of the shape of all batches to come; it becomes the graphs' input.
         """
-        inputs: list[tuple[Tensor, ...]] = [(images,)]
+        inputs: list[tuple[Tensor, ...]] = []
         if "mixer" in self.weights(0.0):
             # First, for gradients stay on the stream of the recording that made them first, and DDP wants one stream.
-            inputs.insert(0, (images, tapped_tokens(0.0, self._tokens(images)).to(images.device)))
+            inputs.append((images, tapped_tokens(0.0, self._tokens(images)).to(images.device)))
+        inputs.append((images,))
         dtype, wanted = torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda")
         # The gradients' stream is that of the recording, not that of the replays: it is so in every such graph.
         warnings.filterwarnings("ignore", "The AccumulateGrad node's stream does not match")

@@ -145,9 +145,9 @@ class _Training:
         self.parameters = [parameter for group in groups for parameter in group["params"]]
         self.named = [(n, p) for n, p in objective.named_parameters() if p.requires_grad]
         assert {id(p) for _, p in self.named} == {id(p) for p in self.parameters}
-        fused = accelerator.device.type == "cuda"
-        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=fused)
-        if fused:
+        on_gpu = accelerator.device.type == "cuda"
+        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=on_gpu)
+        if on_gpu:
             with accelerator.autocast():
                 objective.record(torch.zeros(shape, device=accelerator.device))
         self.model, self.optimizer = accelerator.prepare(objective, optimizer)

@@ -38,6 +38,11 @@ def images_shape(setting: Setting) -> tuple[int, int, int, int]:
     return SMALL_IMAGES if setting.dry else IMAGES
 
 
+def title(setting: Setting) -> Row:
+    """Tell what runs."""
+    return {"model": SMALL_MODEL if setting.dry else MODEL, "images": images_shape(setting), "dtype": DTYPE}
+
+
 def export_small(setting: Setting, dtype: str) -> Path:
     """Write the file of a small student, for images of any shape, unless it is there."""
     path = setting.files / f"small_{dtype}.onnx"
@@ -114,7 +119,7 @@ def optimized_file(path: Path) -> Path:
 def model(setting: Setting) -> Iterator[Row]:
     """Time student and teacher in ONNX Runtime, and the student in PyTorch; compare the bits of a replay."""
     models = Models(setting)
-    shown = {"model": SMALL_MODEL if setting.dry else MODEL, "images": images_shape(setting), "dtype": DTYPE}
+    shown = title(setting)
     times: dict[str, float] = {}
     for which in ("student", "teacher"):
         for graph in (False, True):

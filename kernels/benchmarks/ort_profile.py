@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import torch
 from ort_bound import Row, Setting, attempted
-from ort_models import MODEL, SMALL_MODEL, Models, images_shape
+from ort_models import Models, title
 from timing import synchronize
 from torch.profiler import ProfilerActivity
 
@@ -14,8 +14,7 @@ RUNS, SHOWN = 5, 25
 def profile(setting: Setting) -> Iterator[Row]:
     """Run the student, without a CUDA graph, and list the kernels that take most of the time."""
     models = Models(setting)
-    title = {"model": SMALL_MODEL if setting.dry else MODEL, "images": images_shape(setting), "what": "student"}
-    yield attempted(title, kernels, models)
+    yield attempted({**title(setting), "what": "student"}, kernels, models)
 
 
 def kernels(models: Models) -> Row:

@@ -112,10 +112,10 @@ def onnx_cpu(found: Document) -> list[str]:
     """Times in ONNX Runtime on a CPU: a node alone, and a whole model with body, library and attention."""
     rows = []
     for one in found["rows"]:
-        library, attention = one["library"]["ms"], one.get("attention")
-        others = [one["body"], *([attention] if attention else [])]
-        figures = [f"{other['ms']:.2f} ({other['ms'] / library:.2f}x)" for other in others]
+        library = one["library"]["ms"]
+        times = (one[other]["ms"] if other in one else None for other in ("body", "attention"))
+        figures = (f"{ms:.2f} ({ms / library:.2f}x)" if ms else "" for ms in times)
         name = "a LineScan node" if one["what"] == "op" else "the whole model"
-        rows.append((f"{name}, {one['size']} px", f"{library:.2f}", *figures, *([] if attention else [""])))
+        rows.append((f"{name}, {one['size']} px", f"{library:.2f}", *figures))
     head = f"`{found['model']}`, {found['device']}, {found['threads']} thread: ms"
     return grid((head, "library", "function body", "attention"), rows)

@@ -25,6 +25,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "kernels"), str(ROOT / "kernels" / "benchmarks")]
 
+# Only now, for the folders of these modules are on the path since the line above.
 from conditions import conditions  # noqa: E402
 
 from gspn2_kernels.reference import line_scan_ref  # noqa: E402
@@ -243,7 +244,7 @@ def main() -> int:
         library = Library(Path(folder))
         compiled = time.perf_counter()
         checks = list(compared(library))
-        failed = [found for found in checks if not found["passed"]]
+        failed = [check for check in checks if not check["passed"]]
         times = [] if failed else list(timed(library, options.tune, found["copy_gb_per_s"]))
     report = {
         **found,
