@@ -158,9 +158,9 @@ def check_output_folder(path: str | Path, resume: bool) -> None:
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise UserError(f"the output {path} is a file; name a folder that does not exist yet")
-    above = next(folder for folder in path.absolute().parents if folder.exists())
-    if not (above.is_dir() and os.access(above, os.W_OK | os.X_OK)):
-        raise UserError(f"the output folder {path} cannot be made: {above} is no folder that can be written to")
+    there = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        raise UserError(f"the output folder {path} cannot be made: {there} is no folder that can be written to")
     if not resume and holds_files(path):
         raise UserError(f"the output folder {path} is not empty; name another, or go on with a stopped run by --resume")
 

@@ -308,3 +308,11 @@ def test_a_module_of_someone_else_registers(tmp_path):
     (package / "__init__.py").write_text("import gspn2convert, timm; print(timm.is_model('gspn2_vit'))\n")
     (package / "train.py").touch()
     assert run_python("-m", "theirs.train", cwd=tmp_path).stdout == "True\n"
+
+
+def test_an_empty_output_folder_will_do_where_the_one_above_is_closed(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    check_output_folder(tmp_path / "out", resume=False)
+    with pytest.raises(UserError, match="other cannot be made: .* is no folder that can be written to$"):
+        check_output_folder(tmp_path / "other", resume=False)
