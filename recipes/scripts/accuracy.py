@@ -50,7 +50,7 @@ class Row:
         mixer: recipe whose mixer is taken, if it is not the setting's own.
         recipe: taken instead of the setting's.
         after: row whose converted model it goes on from, of the same seed.
-        size: image size in pixels, if it is not the setting's.
+        size: image size in pixels, if it is not the recipe's.
         start: makes the student to start from, in place of stage 0.
     """
 
@@ -81,23 +81,11 @@ ROWS = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Setting:
-    """A teacher with its images.
-
-    Attributes:
-        recipe: name of the recipe.
-        size: image size in pixels, None for the teacher's own.
-    """
-
-    recipe: str
-    size: int | None = None
-
-
+# Recipe of each setting.
 SETTINGS = {
-    "demo": Setting(recipe="demo"),
-    "fashion": Setting(recipe="fashion_mnist_vit_tiny"),
-    "dinov2": Setting(recipe="dinov2_small_photos", size=224),
+    "demo": "demo",
+    "fashion": "fashion_mnist_vit_tiny",
+    "dinov2": "dinov2_small_photos",
 }
 
 
@@ -215,17 +203,16 @@ def main() -> None:
     if unknown:
         known = "\n".join(f"{name}: {row.what}" for name, row in ROWS.items())
         sys.exit(f"unknown rows {', '.join(unknown)}; known are:\n{known}")
-    setting = SETTINGS[arguments.setting]
     for name in arguments.rows.split(","):
         for seed in map(int, arguments.seeds.split(",")):
             arguments.row, row = name, ROWS[name]
-            recipe = replace(load_recipe(row.recipe or arguments.recipe or setting.recipe), seed=seed)
+            recipe = replace(load_recipe(row.recipe or arguments.recipe or SETTINGS[arguments.setting]), seed=seed)
             if row.mixer is not None:
                 recipe = replace(recipe, mixer=load_recipe(row.mixer).mixer)
             if arguments.steps is not None:
                 recipe = replace(recipe, recover=replace(recipe.recover, steps=arguments.steps))
             torch.manual_seed(seed)
-            size = row.size or setting.size
+            size = row.size or recipe.size or None
             teacher = load_teacher(arguments.teacher, weights=arguments.teacher_weights, img_size=size)
             figures = convert(row, recipe, teacher, arguments)
             figures |= {"recipe": recipe.name, "steps": recipe.recover.steps, "device_shared": arguments.shared}

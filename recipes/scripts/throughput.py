@@ -134,9 +134,8 @@ def main() -> None:
     parser.add_argument("--commit", help="of the source, for a copy without its git history; default: ask git")
     parser.add_argument("--output", type=Path, required=True, help="results file to add to")
     arguments = parser.parse_args()
-    setting = SETTINGS["dinov2"]
-    recipe, accelerator = load_recipe(setting.recipe), make_accelerator("cuda", "bf16")
-    teacher = load_teacher(arguments.teacher, img_size=setting.size, pretrained=False).to(accelerator.device)
+    recipe, accelerator = load_recipe(SETTINGS["dinov2"]), make_accelerator("cuda", "bf16")
+    teacher = load_teacher(arguments.teacher, img_size=recipe.size, pretrained=False).to(accelerator.device)
     student = build_student(teacher, range(len(teacher.blocks)), recipe.mixer.resolve(teacher.embed_dim))
     moments = (torch.zeros(teacher.embed_dim), torch.ones(teacher.embed_dim))
     objective = RecoverStage(student, teacher.bfloat16(), recipe.recover.losses, moments).to(accelerator.device)
