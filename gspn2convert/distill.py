@@ -19,6 +19,7 @@ from gspn2convert.data import ImageSet, open_images, own_share
 from gspn2convert.errors import UserError
 from gspn2convert.given import load_given, recipe_of
 from gspn2convert.keep import Auto, read_keep
+from gspn2convert.mixing import check_pairs
 from gspn2convert.model import Gspn2Vit, kept_blocks
 from gspn2convert.progress import Progress
 from gspn2convert.recipe import Recipe, dump_recipe
@@ -133,7 +134,9 @@ def _check_keep(keep: Sequence[int] | Auto, depth: int) -> None:
 def _check_batches(recipe: Recipe, stages: Sequence[int], processes: int) -> None:
     """Make sure that every stage's batches can be shared out, before the first of them runs."""
     for _, spec, _ in trained(recipe, stages):
-        own_share(spec.batch_size if spec.steps else 0, 0, processes)
+        own = own_share(spec.batch_size if spec.steps else 0, 0, processes)
+        if recipe.augment.mix:
+            check_pairs(own)
 
 
 def _check_stages(recipe: Recipe, stages: Sequence[int], given: Gspn2Vit | None) -> None:

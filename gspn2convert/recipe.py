@@ -106,6 +106,7 @@ class Augment(Part):
     scale: Interval = (0.4, 1.0)
     flip: bool = True
     color_jitter: Fraction = 0.1
+    mix: Fraction = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,5 @@
 """Stages 2 and 3: the student as a whole learns to give the teacher's final tokens and logits.
 
-On a GPU the passes of a step are replayed as CUDA graphs: forward and backward a small ViT is thousands of short
-kernels, which a CPU cannot launch as fast as the GPU runs them.
-
 Shapes: B batch, N tokens, P prefix tokens, C channels.
 """
 
@@ -10,14 +7,13 @@ from __future__ import annotations
 
 import math
 import random
-import warnings
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
+from gspn2convert.graphs import record
 from gspn2convert.losses import cosine_loss, kl, normalised_difference, similarity, smooth_l1
 from gspn2convert.model import Gspn2Vit
 from gspn2convert.recipe import Recover, RecoverLosses
@@ -54,8 +50,6 @@ class RecoverStage(Objective):
         self.with_logits = has_head(student) and losses.logits > 0
         self.register_buffer("mean", statistics[0].clone())
         self.register_buffer("std", statistics[1].clone())
-        self._graphs: dict[int, Callable[..., Terms]] = {}  # by the number of their inputs
-        self._recorded = torch.Size()  # shape of the images that they take
         self.adapters = nn.ModuleDict()
         if losses.mixer > 0:
             self.adapters.update({str(site): _identity(student.embed_dim, self.mean) for site in self.mixers})
@@ -86,8 +80,7 @@ class RecoverStage(Objective):
         weights, inputs = self.weights(progress), [images]
         if "mixer" in weights:
             inputs.append(tapped_tokens(progress, self._tokens(images)).to(images.device))
-        assert not self._graphs or images.shape == self._recorded, "a graph would read other images as its own"
-        terms = self._graphs.get(len(inputs), self.terms)(*inputs)
+        terms = self.run(self.terms, *inputs)
         loss = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
         return {"loss": loss, **terms}
 
@@ -124,32 +117,13 @@ class RecoverStage(Objective):
         return terms
 
     def record(self, images: Tensor) -> None:
-        """Record CUDA graphs of the passes, with the mixer term and without it.
-
-        Has to come before DDP wraps the stage: the hooks that DDP sets on parameters run on another stream.
-
-        Args:
-            images: (B, 3, height, width) of the shape of all batches to come; it becomes the graphs' input.
-        """
+        """Record the passes with the mixer term and without it, see `graphs.record`."""
         inputs: list[tuple[Tensor, ...]] = []
         if "mixer" in self.weights(0.0):
-            # First, for gradients stay on the stream of the recording that made them first, and DDP wants one stream.
             inputs.append((images, tapped_tokens(0.0, self._tokens(images)).to(images.device)))
         inputs.append((images,))
-        dtype, wanted = torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda")
-        # The gradients' stream is that of the recording, not that of the replays: it is so in every such graph.
-        warnings.filterwarnings("ignore", "The AccumulateGrad node's stream does not match")
-        self._recorded = images.shape
-        pool = torch.cuda.graph_pool_handle()  # of one memory, for the graphs never run at once
-        # Weights in low precision must be made anew in each replay, not kept from the recording.
-        with torch.autocast("cuda", dtype, wanted, cache_enabled=False):
-            for each in inputs:
-                graph: Any = torch.cuda.make_graphed_callables(_Terms(self), each, allow_unused_input=True, pool=pool)
-                self._graphs[len(each)] = graph
-
-    def forget(self) -> None:
-        """Free the graphs."""
-        self._graphs.clear()
+        self.recorded = record(self.terms, [self.student, self.adapters], inputs)
+        self.recorded_shape = images.shape
 
     def _tokens(self, images: Tensor) -> int:
         return self.prefix + math.prod(grid_size(self.student, *images.shape[-2:]))
@@ -171,19 +145,6 @@ class RecoverStage(Objective):
         if losses.mixer > 0 and progress < losses.mixer_until:
             weights["mixer"] = losses.mixer * (1 - progress / losses.mixer_until)
         return weights
-
-
-class _Terms(nn.Module):
-    """The terms of a stage as a module of what trains in it, which is what CUDA graphs are made of."""
-
-    def __init__(self, stage: RecoverStage) -> None:
-        super().__init__()
-        self.student, self.adapters = stage.student, stage.adapters
-        self._terms = stage.terms
-
-    def forward(self, *inputs: Tensor) -> Terms:
-        """See `RecoverStage.terms`."""
-        return self._terms(*inputs)
 
 
 def tapped_tokens(progress: float, count: int) -> Tensor:

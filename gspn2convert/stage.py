@@ -20,6 +20,7 @@ import torch.distributed as dist
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
+from gspn2convert.graphs import Pass, record
 from gspn2convert.losses import relative_error, variance
 from gspn2convert.mixer import Gspn2Mixer
 from gspn2convert.model import Gspn2Vit
@@ -47,6 +48,8 @@ class Objective(nn.Module):
         mixers = dict(enumerate(attention_sites(student)))
         self.mixers = {site: mixer for site, mixer in mixers.items() if isinstance(mixer, Gspn2Mixer)}
         self.prefix = num_prefix(student)
+        self.recorded: dict[int, Pass] = {}
+        self.recorded_shape = torch.Size()
         assert self.mixers, "no converted layers: nothing to train"
 
     @property
@@ -59,10 +62,17 @@ class Objective(nn.Module):
         raise NotImplementedError
 
     def record(self, images: Tensor) -> None:
-        """Get ready for batches like `images` (B, 3, height, width) on a GPU, before the stage is wrapped by DDP."""
+        """Record the stage's passes as CUDA graphs, for batches of the shape of `images` (B, 3, height, width)."""
+
+    def run(self, terms: Pass, *inputs: Tensor) -> Terms:
+        """Run a pass, by replay where it is recorded for so many inputs."""
+        replay = self.recorded.get(len(inputs))
+        assert not replay or inputs[0].shape == self.recorded_shape, "a graph would read other images as its own"
+        return (replay or terms)(*inputs)
 
     def forget(self) -> None:
         """Free what `record` made."""
+        self.recorded.clear()
 
     def group(self, named: Iterable[tuple[str, nn.Parameter]], peak: float, final: float, decay: float) -> list[Group]:
         """Split by weight decay: vectors, and what timm exempts (position embeddings, prefix tokens), get none."""
@@ -107,6 +117,11 @@ class AlignStage(Objective):
         Returns:
             "loss", the mean over layers of the patches' relative error behind LayerScale, and "layer.I", each of them.
         """
+        errors = self.run(self.terms, images)
+        return {"loss": torch.stack(list(errors.values())).mean(), **errors}
+
+    def terms(self, images: Tensor) -> Terms:
+        """The "layer.I" of `forward`."""
         with torch.no_grad(), Taps(self.teacher, self.mixers) as taps:
             frozen_tokens(self.teacher, images)
         grid = grid_size(self.student, *images.shape[-2:])
@@ -117,7 +132,12 @@ class AlignStage(Objective):
         for (site, mixer), target, gamma, spread in zip(self.mixers.items(), targets, gammas, spreads, strict=True):
             output = mixer(taps.inputs[site], grid)[:, self.prefix :]
             errors[f"layer.{site}"] = relative_error(output, target, gamma, spread)
-        return {"loss": torch.stack(list(errors.values())).mean(), **errors}
+        return errors
+
+    def record(self, images: Tensor) -> None:
+        """Record the pass, see `graphs.record`; not where processes must add their spreads up in the midst of it."""
+        if not _several():
+            self.recorded, self.recorded_shape = record(self.terms, [self.student], [(images,)]), images.shape
 
 
 def frozen_tokens(vit: VisionTransformer, images: Tensor) -> Tensor:
@@ -140,7 +160,11 @@ def batch_spread(targets: list[Tensor], gammas: list[Tensor | None]) -> Tensor:
 
 def _world_mean(x: Tensor) -> Tensor:
     """Average over the processes of a run, each of which holds an equal share of the batch."""
-    if dist.is_available() and dist.is_initialized():
+    if _several():
         dist.all_reduce(x)
         x /= dist.get_world_size()
     return x
+
+
+def _several() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

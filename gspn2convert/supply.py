@@ -9,7 +9,8 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from gspn2convert.cache import ImageCache
-from gspn2convert.data import ImageSet, batches, train_batches
+from gspn2convert.data import ImageSet, batches, own_share, train_batches
+from gspn2convert.mixing import mix_batches
 from gspn2convert.recipe import Align, Recipe, Recover
 
 
@@ -67,20 +68,24 @@ class Supply:
         """This process's share of a stage's batches from a step on, as training sees them."""
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         if self.cached:
-            return self._cached().batches(spec.batch_size, seed, first_step, spec.steps, rank=rank, world=world)
-        return train_batches(
-            self.images,
-            self.data_config,
-            indices=self.train,
-            batch_size=spec.batch_size,
-            augment=self.recipe.augment,
-            seed=seed,
-            first_step=first_step,
-            steps=spec.steps,
-            rank=rank,
-            world=world,
-            workers=self.workers,
-        )
+            views = self._cached().batches(spec.batch_size, seed, first_step, spec.steps, rank=rank, world=world)
+        else:
+            views = train_batches(
+                self.images,
+                self.data_config,
+                indices=self.train,
+                batch_size=spec.batch_size,
+                augment=self.recipe.augment,
+                seed=seed,
+                first_step=first_step,
+                steps=spec.steps,
+                rank=rank,
+                world=world,
+                workers=self.workers,
+            )
+        there = (each.to(self.accelerator.device, non_blocking=True) for each in views)
+        own, share = own_share(spec.batch_size, rank, world), self.recipe.augment.mix
+        return mix_batches(there, share, spec.batch_size, own, seed, first_step) if share else there
 
     def _cached(self) -> ImageCache:
         if self._cache is None:

@@ -101,7 +101,8 @@ def train_stage(
         name: "align", "recover" or a size of the curriculum; names the stage in the checkpoint and messages.
         objective: the stage's loss; its teacher must be on the accelerator's device.
         spec: the stage's part of the recipe.
-        batches: gives this process's images from a step on; step s must get the same images whenever asked.
+        batches: gives this process's images from a step on, on its device; step s must get the same images whenever
+            asked.
         shape: of one of these batches, (B, channels, height, width).
         accelerator: see `make_accelerator`.
         store: where checkpoints go; loaded before if the run is resumed.
@@ -164,7 +165,7 @@ class _Training:
         progress.start(self.name, steps, self.first_step)
         remaining = zip(range(self.first_step, steps), batches(self.first_step), strict=True)
         for step, images in remaining if self.first_step < steps else ():
-            figures, stopping = self._step(step, images.to(self.accelerator.device, non_blocking=True), stop)
+            figures, stopping = self._step(step, images, stop)
             done = step + 1
             progress.advance(done, figures, len(images) * self.accelerator.num_processes)
             if done == steps:

@@ -267,3 +267,30 @@ def test_cuda_graphs_give_what_the_pass_gives(make_pair, dtype):
         with torch.no_grad():
             for parameter in stage.parameters():
                 parameter += 0.01 * torch.randn_like(parameter)  # what a replay must see
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_graph_of_align_gives_what_the_pass_gives(make_pair, dtype):
+    student, teacher = (model.cuda() for model in make_pair())
+    stage = AlignStage(student, teacher.to(dtype))
+    autocast = {"device_type": "cuda", "dtype": torch.bfloat16, "enabled": dtype == torch.bfloat16}
+    with torch.autocast(**autocast):
+        stage.record(IMAGES.cuda())
+    for _ in range(3):
+        images = torch.randn(4, 3, 32, 48, device="cuda") + 0.5
+        gradients = []
+        for run in (stage, lambda images, _: {"loss": torch.stack(list(stage.terms(images).values())).mean()}):
+            stage.zero_grad()
+            with torch.autocast(**autocast):
+                loss = run(images, 0.0)["loss"]
+            loss.backward()
+            gradients.append(
+                [loss.detach().clone(), *(p.grad.clone() for p in stage.parameters() if p.grad is not None)]
+            )
+        assert len(gradients[0]) == len(gradients[1]) > 1
+        for ours, plain in zip(*gradients, strict=True):
+            torch.testing.assert_close(ours, plain, rtol=1e-3, atol=1e-3 * plain.abs().max().item())
+        with torch.no_grad():
+            for parameter in stage.parameters():
+                parameter += 0.01 * torch.randn_like(parameter)  # what a replay must see
