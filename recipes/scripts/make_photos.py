@@ -12,7 +12,8 @@ folders of other packages: usr/share/lxqt/wallpapers of lxqt-themes, usr/share/p
 plasma-workspace-data, usr/share/palapeli/collection of palapeli-data, usr/share/tuxpaint/templates of tuxpaint-data.
 
 Any folder with pictures will do as the source. Pictures that are small, nearly flat or a copy of another are left out.
-Every sixth picture is a test picture: crops of one picture are all in one split. Fashion-MNIST's training images, if
+Every sixth picture is a test picture: crops of one picture are all in one split. Those of --more are trained on only,
+so that other pictures there do not change what is tested. Fashion-MNIST's training images, if
 asked for, are more views to train on; none is a test image. The same arguments give the same files.
 """
 
@@ -93,11 +94,11 @@ def are_copies(one: Picture, other: Picture) -> bool:
     return any((a ^ b).bit_count() <= COPY_BITS for a, b in pairs)
 
 
-def distinct(pictures: list[Picture]) -> list[Picture]:
-    """Leave out copies in other sizes or crops; of several the largest stays."""
+def distinct(pictures: list[Picture], known: list[Picture]) -> list[Picture]:
+    """Leave out copies, in other sizes or crops, of what is known and of one another; of several the largest stays."""
     kept: list[Picture] = []
     for picture in sorted(pictures, key=lambda each: (-each.pixels, each.digest)):
-        if not any(are_copies(picture, other) for other in kept):
+        if not any(are_copies(picture, other) for other in (*known, *kept)):
             kept.append(picture)
     return sorted(kept, key=lambda each: each.digest)
 
@@ -125,10 +126,23 @@ def write_fashion(source: Path, folder: Path, count: int, seed: int) -> None:
         Image.fromarray(images[index]).save(folder / f"fashion_{index:05}.png")
 
 
+def find(folder: Path, skipped: list[str]) -> list[Path]:
+    """Return the picture files of a folder but for those that match a pattern."""
+    paths = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in SUFFIXES and path.is_file()]
+    return [path for path in paths if not any(fnmatch(str(path), pattern) for pattern in skipped)]
+
+
+def name_of(picture: Picture, arguments: argparse.Namespace) -> str:
+    """Return a picture's path in the folder that it was found in."""
+    inside = arguments.source if picture.path.is_relative_to(arguments.source) else arguments.more
+    return str(picture.path.relative_to(inside))
+
+
 def read_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", type=Path, required=True, help="folder that is searched for pictures")
+    parser.add_argument("--more", type=Path, help="folder of pictures that are only trained on")
     parser.add_argument("--output", type=Path, required=True, help="folder to make")
     parser.add_argument("--skip", nargs="*", default=[], metavar="GLOB", help="pictures to leave out, as '*/graf3.*'")
     parser.add_argument("--size", type=int, default=640, help="side of the crops [%(default)s]")
@@ -149,27 +163,30 @@ def main() -> None:
     arguments = read_arguments()
     Image.MAX_IMAGE_PIXELS = None  # the packages are trusted
     warnings.simplefilter("ignore")
-    paths = [path for path in sorted(arguments.source.rglob("*")) if path.suffix.lower() in SUFFIXES and path.is_file()]
-    paths = [path for path in paths if not any(fnmatch(str(path), pattern) for pattern in arguments.skip)]
+    paths = find(arguments.source, arguments.skip)
+    more_paths = find(arguments.more, arguments.skip) if arguments.more else []
     with ProcessPoolExecutor(arguments.workers) as pool:
-        pictures = distinct([picture for picture in pool.map(examine, paths) if picture is not None])
+        pictures = distinct([picture for picture in pool.map(examine, paths) if picture is not None], [])
         if len(pictures) < TEST_EVERY:
             sys.exit(
                 f"{arguments.source} holds {len(pictures)} usable pictures among {len(paths)}; name another folder"
             )
+        more = distinct([picture for picture in pool.map(examine, more_paths) if picture is not None], pictures)
         folders = {name: arguments.output / name for name in ("train", "test")}
         for folder in folders.values():
             folder.mkdir(parents=True, exist_ok=True)
         splits = {"test": pictures[::TEST_EVERY], "train": [p for i, p in enumerate(pictures) if i % TEST_EVERY]}
+        splits["train"] += more
         counts = {"train": arguments.crops, "test": arguments.test_crops}
         jobs = [(picture, folders[name], counts[name]) for name, part in splits.items() for picture in part]
         list(pool.map(partial(write_crops, size=arguments.size, seed=arguments.seed), jobs))
     if arguments.fashion is not None:
         write_fashion(arguments.fashion, folders["train"], arguments.fashion_images, arguments.seed)
-    names = {name: [str(p.path.relative_to(arguments.source)) for p in part] for name, part in splits.items()}
+    names = {name: [name_of(picture, arguments) for picture in part] for name, part in splits.items()}
     (arguments.output / "sources.json").write_text(json.dumps(names, indent=1) + "\n")
     made = {name: sum(1 for _ in folder.iterdir()) for name, folder in folders.items()}
-    print(f"{len(pictures)} pictures of {len(paths)}: {made['train']} images to train on, {made['test']} to test")
+    found = f"{len(pictures) + len(more)} pictures of {len(paths) + len(more_paths)}"
+    print(f"{found}: {made['train']} images to train on, {made['test']} to test")
 
 
 if __name__ == "__main__":
