@@ -27,7 +27,7 @@ from gspn2convert.keep import Auto
 from gspn2convert.model import Gspn2Vit, build_student, kept_blocks
 from gspn2convert.progress import Progress
 from gspn2convert.recipe import Align, Recipe, Recover
-from gspn2convert.recover import RecoverStage, channel_statistics
+from gspn2convert.recover import RecoverStage, token_deviations
 from gspn2convert.selection import STAGE, Selector, build_hybrid
 from gspn2convert.stage import AlignStage, Objective
 from gspn2convert.supply import Supply
@@ -249,17 +249,17 @@ class Conversion:
         self._score(name, student)
 
     def _recover_stage(self, student: Gspn2Vit, teacher: VisionTransformer) -> RecoverStage:
-        statistics = channel_statistics(self.teacher, self.held_out.images)
-        return RecoverStage(student, teacher, self.recipe.recover.losses, statistics)
+        deviations = token_deviations(self.teacher, self.held_out.images)
+        return RecoverStage(student, teacher, self.recipe.recover.losses, deviations)
 
     def _curriculum_stage(
         self, before: tuple[int, int], guide: Gspn2Vit | None, student: Gspn2Vit, teacher: VisionTransformer
     ) -> RecoverStage:
         """Recovery at a size, taught by the teacher or by a guide at the size before."""
-        spec, statistics = self.recipe.curriculum, channel_statistics(self.teacher, self.held_out.images)
+        spec, deviations = self.recipe.curriculum, token_deviations(self.teacher, self.held_out.images)
         if spec.target == "teacher":
-            return RecoverStage(student, teacher, spec.losses, statistics)
-        return ReducedStage(student, teacher, spec.losses, statistics, teacher if guide is None else guide, before)
+            return RecoverStage(student, teacher, spec.losses, deviations)
+        return ReducedStage(student, teacher, spec.losses, deviations, teacher if guide is None else guide, before)
 
     def _score(self, name: str, student: Gspn2Vit) -> None:
         """Note how good the student is after a stage, once."""

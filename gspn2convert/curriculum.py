@@ -34,7 +34,7 @@ class ReducedStage(RecoverStage):
         student: see `Objective`.
         teacher: gives the head for the logits.
         losses: weights of the terms; the mixer's is not used.
-        statistics: `channel_statistics` of the teacher's patch tokens.
+        deviations: `token_deviations` of the teacher.
         guide: ViT that gives the targets, the teacher or the student of an earlier size. It is frozen.
         size: height and width of the images that the guide sees.
     """
@@ -44,11 +44,11 @@ class ReducedStage(RecoverStage):
         student: Gspn2Vit,
         teacher: VisionTransformer,
         losses: RecoverLosses,
-        statistics: tuple[Tensor, Tensor],
+        deviations: Tensor,
         guide: VisionTransformer,
         size: tuple[int, int],
     ) -> None:
-        super().__init__(student, teacher, replace(losses, mixer=0.0), statistics)
+        super().__init__(student, teacher, replace(losses, mixer=0.0), deviations)
         self.size, self._guide = size, (guide.eval().requires_grad_(False),)
         if guide is not teacher:
             self.previous = guide  # as a submodule, unlike the teacher, so that the checkpoint has it

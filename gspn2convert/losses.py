@@ -15,12 +15,12 @@ def cosine_loss(student: Tensor, teacher: Tensor) -> Tensor:
     return 1 - F.cosine_similarity(student.float(), teacher.float(), dim=-1).mean()
 
 
-def smooth_l1(student: Tensor, teacher: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Smooth L1 of (..., C) after both sides are standardised with the teacher's channel mean and deviation, (C,).
+def smooth_l1(student: Tensor, teacher: Tensor, deviation: Tensor) -> Tensor:
+    """Smooth L1 of (..., C) in units of the teacher's deviation, (C,) or anything that broadcasts.
 
     Without that the few channels with large values, common in pretrained ViTs, would be all that counts.
     """
-    difference = (student.float() - teacher.float()) / std
+    difference = (student.float() - teacher.float()) / deviation
     return F.smooth_l1_loss(difference, torch.zeros_like(difference))
 
 

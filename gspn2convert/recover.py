@@ -35,24 +35,22 @@ class RecoverStage(Objective):
         student: see `Objective`.
         teacher: see `Objective`.
         losses: weights of the terms.
-        statistics: `channel_statistics` of the teacher's patch tokens.
+        deviations: `token_deviations` of the teacher.
     """
 
-    mean: Tensor
-    std: Tensor
+    deviations: Tensor
 
     def __init__(
-        self, student: Gspn2Vit, teacher: VisionTransformer, losses: RecoverLosses, statistics: tuple[Tensor, Tensor]
+        self, student: Gspn2Vit, teacher: VisionTransformer, losses: RecoverLosses, deviations: Tensor
     ) -> None:
         super().__init__(student, teacher)
         student.requires_grad_(True)
         self.losses = losses
         self.with_logits = has_head(student) and losses.logits > 0
-        self.register_buffer("mean", statistics[0].clone())
-        self.register_buffer("std", statistics[1].clone())
+        self.register_buffer("deviations", deviations.clone())
         self.adapters = nn.ModuleDict()
         if losses.mixer > 0:
-            self.adapters.update({str(site): _identity(student.embed_dim, self.mean) for site in self.mixers})
+            self.adapters.update({str(site): _identity(student.embed_dim, deviations) for site in self.mixers})
 
     def groups(self, spec: Recover) -> list[Group]:
         """Mixers and adapters at `mixer_lr`, all that is inherited at `lr`."""
@@ -74,8 +72,8 @@ class RecoverStage(Objective):
             progress: share of the stage that is done, 0 to 1; the mixer term fades with it.
 
         Returns:
-            "loss" and its terms before weighting: "prefix" (with prefix tokens), "patch", "smooth_l1",
-            "similarity" (where it is asked for), "mixer" (until it has faded), "logits" (with a head).
+            "loss" and its terms before weighting: "patch", "smooth_l1", "prefix" and "prefix_smooth_l1" (with prefix
+            tokens), "similarity" (where it is asked for), "mixer" (until it has faded), "logits" (with a head).
         """
         weights, inputs = self.weights(progress), [images]
         if "mixer" in weights:
@@ -100,10 +98,12 @@ class RecoverStage(Objective):
         patch, target_patch = output[:, self.prefix :], target[:, self.prefix :]
         terms = {
             "patch": cosine_loss(patch, target_patch),
-            "smooth_l1": smooth_l1(patch, target_patch, self.mean, self.std),
+            "smooth_l1": smooth_l1(patch, target_patch, self.deviations[-1]),
         }
         if self.prefix:
-            terms["prefix"] = cosine_loss(output[:, : self.prefix], target[:, : self.prefix])
+            prefix, target_prefix = output[:, : self.prefix], target[:, : self.prefix]
+            terms["prefix"] = cosine_loss(prefix, target_prefix)
+            terms["prefix_smooth_l1"] = smooth_l1(prefix, target_prefix, self.deviations[:-1])
         if self.losses.similarity > 0:
             terms["similarity"] = similarity(patch, target_patch)
         if target_logits is not None:
@@ -139,6 +139,7 @@ class RecoverStage(Objective):
             "prefix": losses.prefix,
             "patch": losses.patch,
             "smooth_l1": losses.smooth_l1,
+            "prefix_smooth_l1": losses.smooth_l1,
             "similarity": losses.similarity,
             "logits": losses.logits,
         }
@@ -157,19 +158,23 @@ def tapped_tokens(progress: float, count: int) -> Tensor:
 
 
 @torch.no_grad()
-def channel_statistics(teacher: VisionTransformer, batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (C,) of the teacher's final patch tokens over some batches of images."""
-    prefix, tokens = num_prefix(teacher), []
+def token_deviations(teacher: VisionTransformer, batches: Iterable[Tensor]) -> Tensor:
+    """Standard deviations (P + 1, C) of the teacher's final tokens over some batches of images.
+
+    A row for each prefix token, over images, and a last one for the patches, over images and places.
+    """
+    prefix, parts = num_prefix(teacher), []
     for images in batches:
-        patches = final_tokens(teacher, images)[:, prefix:].flatten(0, 1).double()
-        tokens.append((len(patches), patches.mean(0), patches.square().mean(0)))
-    total = sum(count for count, _, _ in tokens)
-    mean = torch.stack([count / total * part for count, part, _ in tokens]).sum(0)
-    square = torch.stack([count / total * part for count, _, part in tokens]).sum(0)
-    std = (square - mean.square()).clamp_min(0).sqrt()
+        tokens = final_tokens(teacher, images).double()
+        kinds = [*tokens[:, :prefix].unbind(1), tokens[:, prefix:].flatten(0, 1)]
+        moments = [torch.stack([kind.mean(0), kind.square().mean(0)]) for kind in kinds]
+        parts.append((len(images), torch.stack(moments)))
+    total = sum(count for count, _ in parts)
+    mean, square = torch.stack([count / total * part for count, part in parts]).sum(0).unbind(1)
+    deviations = (square - mean.square()).clamp_min(0).sqrt()
     # A channel that never varies must not divide by zero; it counts like the average one.
-    std = torch.where(std > 1e-6 * std.mean(), std, std.mean().clamp_min(1e-6))
-    return mean.float(), std.float()
+    average = deviations.mean(1, keepdim=True)
+    return torch.where(deviations > 1e-6 * average, deviations, average.clamp_min(1e-6)).float()
 
 
 def _identity(dim: int, like: Tensor) -> nn.Linear:

@@ -24,7 +24,7 @@ from gspn2convert.interrupt import Interrupted
 from gspn2convert.model import Gspn2Vit, build_student
 from gspn2convert.progress import Progress
 from gspn2convert.recipe import RecoverLosses, parse_recipe
-from gspn2convert.recover import channel_statistics
+from gspn2convert.recover import token_deviations
 from gspn2convert.supply import Supply
 from gspn2convert.teachers import load_teacher
 from gspn2convert.train import make_accelerator
@@ -135,8 +135,8 @@ def test_resizing_is_torchs_and_keeps_dtype_and_grid():
 def reduced_stage(teacher, size, guide=None, **losses):
     student = build_student(teacher, (0, 1), {"proxy_dim": 8})
     images = torch.randn(2, 3, *teacher.patch_embed.img_size, generator=torch.Generator().manual_seed(3))
-    statistics = channel_statistics(teacher, [images])
-    return ReducedStage(student, teacher, RecoverLosses(**losses), statistics, guide or teacher, size)
+    deviations = token_deviations(teacher, [images])
+    return ReducedStage(student, teacher, RecoverLosses(**losses), deviations, guide or teacher, size)
 
 
 @pytest.mark.parametrize("kind", [{}, {"class_token": False, "global_pool": "avg"}, {"reg_tokens": 2}])
@@ -161,9 +161,9 @@ def test_the_checkpoint_has_a_previous_student_and_never_the_teacher(tiny_teache
         value.data.add_(0.01)
     plain, guided = (reduced_stage(tiny_teacher, (32, 48), guide) for guide in (None, previous))
     student = {f"student.{name}" for name in previous.state_dict()}
-    assert plain.state_dict().keys() == student | {"mean", "std"}
+    assert plain.state_dict().keys() == student | {"deviations"}
     held = {f"previous.{name}": value for name, value in previous.state_dict().items()}
-    assert guided.state_dict().keys() == student | {"mean", "std"} | held.keys()
+    assert guided.state_dict().keys() == student | {"deviations"} | held.keys()
     assert all(torch.equal(guided.state_dict()[name], value) for name, value in held.items())
     for stage in (plain, guided):
         trained = {name for name, value in stage.named_parameters() if value.requires_grad}
@@ -230,9 +230,9 @@ def test_the_guide_is_the_student_as_it_was_before_it_took_the_next_size(tmp_pat
     embeddings, guides = {}, {}
 
     class Kept(ReducedStage):
-        def __init__(self, student, teacher, losses, statistics, guide, size):
+        def __init__(self, student, teacher, losses, deviations, guide, size):
             guides[size] = guide.pos_embed.detach().clone()
-            super().__init__(student, teacher, losses, statistics, guide, size)
+            super().__init__(student, teacher, losses, deviations, guide, size)
 
     set_input_size = Gspn2Vit.set_input_size
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from gspn2convert.model import build_student
 from gspn2convert.recipe import Align, Mixer, Recover, RecoverLosses
-from gspn2convert.recover import RecoverStage, channel_statistics, tapped_tokens
+from gspn2convert.recover import RecoverStage, tapped_tokens, token_deviations
 from gspn2convert.stage import AlignStage, frozen_tokens
 
 LOSSES = RecoverLosses(prefix=1.0, patch=0.9, smooth_l1=0.1, mixer=0.5, logits=0.7, temperature=2.0, mixer_until=0.6)
@@ -36,7 +36,7 @@ def pair(make_pair):
 
 
 def make_recover(student, teacher, losses=LOSSES):
-    return RecoverStage(student, teacher, losses, channel_statistics(teacher, [IMAGES]))
+    return RecoverStage(student, teacher, losses, token_deviations(teacher, [IMAGES]))
 
 
 @torch.no_grad()
@@ -92,11 +92,14 @@ def test_recover_terms_by_hand(pair):
     ours, theirs = student.forward_features(IMAGES).double(), teacher.forward_features(IMAGES).double()
     cosine = 1 - F.cosine_similarity(ours, theirs, dim=-1)
     patches = theirs[:, 3:]
-    std, mean = torch.std_mean(patches.flatten(0, 1), 0, correction=0)
+    std = patches.flatten(0, 1).std(0, correction=0)
     expected = {
         "prefix": cosine[:, :3].mean(),
         "patch": cosine[:, 3:].mean(),
-        "smooth_l1": F.smooth_l1_loss((ours[:, 3:] - mean) / std, (patches - mean) / std),
+        "smooth_l1": F.smooth_l1_loss(ours[:, 3:] / std, patches / std),
+        "prefix_smooth_l1": F.smooth_l1_loss(
+            *(each[:, :3] / theirs[:, :3].std(0, correction=0) for each in (ours, theirs))
+        ),
         "logits": 4
         * F.kl_div(
             F.log_softmax(student(IMAGES).double() / 2, -1),
@@ -107,7 +110,7 @@ def test_recover_terms_by_hand(pair):
     }
     for name, value in expected.items():
         assert terms[name].item() == pytest.approx(value.item(), rel=1e-4, abs=1e-7), name
-    weights = {"prefix": 1.0, "patch": 0.9, "smooth_l1": 0.1, "logits": 0.7, "mixer": 0.25}
+    weights = {"prefix": 1.0, "patch": 0.9, "smooth_l1": 0.1, "prefix_smooth_l1": 0.1, "logits": 0.7, "mixer": 0.25}
     total = sum(weights[name] * expected[name].item() for name in weights)
     assert terms["loss"].item() == pytest.approx(total, rel=1e-4)
 
@@ -151,15 +154,16 @@ def test_mixer_term_fades_linearly_and_is_left_out_then(pair):
 @pytest.mark.parametrize(
     ("arguments", "absent"),
     [
-        ({"class_token": False, "reg_tokens": 0, "global_pool": "avg"}, "prefix"),
-        ({"num_classes": 0}, "logits"),
-        ({"num_classes": 0, "global_pool": "avg", "init_values": None}, "logits"),
+        ({"class_token": False, "reg_tokens": 0, "global_pool": "avg"}, {"prefix", "prefix_smooth_l1"}),
+        ({"num_classes": 0}, {"logits"}),
+        ({"num_classes": 0, "global_pool": "avg", "init_values": None}, {"logits"}),
     ],
 )
 def test_terms_that_do_not_apply_are_left_out(make_pair, arguments, absent):
     student, teacher = make_pair(**arguments)
     terms = make_recover(student, teacher)(IMAGES, 0.0)
-    assert set(terms) == {"loss", "prefix", "patch", "smooth_l1", "logits", "mixer"} - {absent}
+    everything = {"loss", "prefix", "prefix_smooth_l1", "patch", "smooth_l1", "logits", "mixer"}
+    assert set(terms) == everything - absent
     terms["loss"].backward()
     assert set(AlignStage(student, teacher)(IMAGES, 0.0)) == {"loss", "layer.0", "layer.1"}
 
@@ -196,24 +200,25 @@ def test_align_groups(pair):
     assert {(g["lr"], g["peak"], g["final"]) for g in stage.groups(ALIGN)} == {(2e-3, 2e-3, 1e-5)}
 
 
-def test_channel_statistics_over_several_batches(pair):
+def test_token_deviations_over_several_batches(pair):
     _, teacher = pair
-    mean, std = channel_statistics(teacher, [IMAGES[:1], IMAGES[1:]])
+    found = token_deviations(teacher, [IMAGES[:1], IMAGES[1:]])
     with torch.no_grad():
-        patches = teacher.forward_features(IMAGES)[:, 3:].flatten(0, 1).double()
-    expected_std, expected_mean = torch.std_mean(patches, 0, correction=0)
-    torch.testing.assert_close(mean.double(), expected_mean, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(std.double(), expected_std, rtol=1e-5, atol=1e-6)
+        tokens = teacher.forward_features(IMAGES).double()
+    patches = tokens[:, 3:].flatten(0, 1).std(0, correction=0)
+    expected = torch.cat([tokens[:, :3].std(0, correction=0), patches[None]])
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_channel_that_never_varies_does_not_divide_by_zero(pair):
     student, teacher = pair
     with torch.no_grad():
         teacher.norm.weight[5] = 0
-        mean, std = channel_statistics(teacher, [IMAGES])
-        assert std[5].item() == pytest.approx(torch.cat([std[:5], std[6:]]).sum().item() / 32, rel=1e-4)
-        terms = RecoverStage(student, teacher, LOSSES, (mean, std))(IMAGES, 0.0)
-    assert torch.isfinite(terms["smooth_l1"])
+        found = token_deviations(teacher, [IMAGES])
+        for row in found:
+            assert row[5].item() == pytest.approx(torch.cat([row[:5], row[6:]]).sum().item() / 32, rel=1e-4)
+        terms = RecoverStage(student, teacher, LOSSES, found)(IMAGES, 0.0)
+    assert torch.isfinite(terms["smooth_l1"] + terms["prefix_smooth_l1"])
 
 
 def test_stages_run_the_student_without_dropout(pair):
@@ -242,8 +247,7 @@ def test_a_teacher_runs_in_its_own_dtype_under_autocast(make_pair, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_cuda_graphs_give_what_the_pass_gives(make_pair, dtype):
     student, teacher = (model.cuda() for model in make_pair())
-    statistics = [each.cuda() for each in channel_statistics(teacher, [IMAGES.cuda()])]
-    stage = RecoverStage(student, teacher.to(dtype), LOSSES, statistics).cuda()
+    stage = RecoverStage(student, teacher.to(dtype), LOSSES, token_deviations(teacher, [IMAGES.cuda()])).cuda()
 
     def gradients(terms):
         stage.zero_grad()

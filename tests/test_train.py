@@ -23,7 +23,7 @@ from gspn2convert.interrupt import Interrupted, StopWish
 from gspn2convert.model import build_student
 from gspn2convert.progress import Progress
 from gspn2convert.recipe import Align, Mixer, Recover
-from gspn2convert.recover import RecoverStage, channel_statistics
+from gspn2convert.recover import RecoverStage, token_deviations
 from gspn2convert.stage import AlignStage
 from gspn2convert.train import make_accelerator, train_stage
 
@@ -92,8 +92,8 @@ class Run:
     def objective(self, stage):
         if stage == "align":
             return AlignStage(self.student, self.teacher)
-        statistics = channel_statistics(self.teacher, [images(0), images(1)])
-        return RecoverStage(self.student, self.teacher, self.specs["recover"].losses, statistics)
+        deviations = token_deviations(self.teacher, [images(0), images(1)])
+        return RecoverStage(self.student, self.teacher, self.specs["recover"].losses, deviations)
 
     def train(self, stage, batches=None, evaluate=None):
         with Progress(quiet=True) as progress:
@@ -210,7 +210,7 @@ def test_the_whole_state_is_in_the_checkpoint(tmp_path):
     assert names == {
         *parameters,
         *(name.replace("student.", "ema.", 1) for name in parameters),
-        *(f"stage.{name}" for name in {*adapters, "mean", "std"}),
+        *(f"stage.{name}" for name in {*adapters, "deviations"}),
         *(f"optimizer.{name}.{key}" for name in parameters | adapters for key in ("step", "exp_avg", "exp_avg_sq")),
     }
 
