@@ -172,7 +172,7 @@ def test_losses_of_weight_zero_cost_nothing(pair):
     student, teacher = pair
     stage = make_recover(student, teacher, RecoverLosses(mixer=0.0, logits=0.0))
     assert not list(stage.adapters.parameters())
-    assert set(stage(IMAGES, 0.0)) == {"loss", "prefix", "patch", "smooth_l1"}
+    assert set(stage(IMAGES, 0.0)) == {"loss", "prefix", "prefix_smooth_l1", "patch", "smooth_l1"}
 
 
 def test_recover_groups(make_pair):
