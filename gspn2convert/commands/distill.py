@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 _DEMO = "demo"
-# Measured recipes of teachers that have one of their own; all others take `default`.
-_RECIPES = {_DEMO: "demo", "dinov2_small": "dinov2_small_photos"}
+# Recipes of teachers that have one of their own; all others take `default`.
+_RECIPES = {_DEMO: "demo", "vit_base": "vit_base_imagenet", "dinov2_small": "dinov2_small_photos"}
 _SCORES = {"patch_cosine": "patch cosine", "prefix_cosine": "prefix cosine"}
 _SHARES = {"agreement": "agreement", "top1": "top-1"}
 
