@@ -105,6 +105,9 @@ class Stream:
             self._first = list(itertools.islice(self.rows(), count))
         if not self._first:
             raise UserError(f"data {self.name}: the stream holds no images")
+        classes = {row.label for row in self._first}
+        if len(classes) == 1 < len(self.label_names or ()) <= len(self._first):
+            _log.warning("data %s: its first %d images are of one class; give a mixed stream", self.name, len(self))
         return len(self._first)
 
     def rows(self, start: int = 0) -> Iterator[Row]:
@@ -130,7 +133,8 @@ class Stream:
 
     def _bookmark(self, index: int, state: dict[str, Any]) -> None:
         # A new list, for a checkpoint may be written in this moment.
-        self.facts["bookmarks"] = [*self.facts["bookmarks"], [index, state]][-BOOKMARKS:]
+        others = [bookmark for bookmark in self.facts["bookmarks"] if bookmark[0] != index]
+        self.facts["bookmarks"] = [*others, [index, state]][-BOOKMARKS:]
 
     def _row(self, index: int, row: dict[str, Any]) -> Row:
         image = row[self._image] or {}

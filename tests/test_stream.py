@@ -127,7 +127,7 @@ def test_the_first_images_are_at_hand(make_stream) -> None:
     assert images.label_names == CLASSES
 
 
-def test_a_folder_of_images_streams_as_parquet_does(make_stream, tmp_path) -> None:
+def test_a_folder_of_images_streams_as_parquet_does(make_stream, tmp_path, caplog) -> None:
     for number in range(31):
         file = tmp_path / "files" / "train" / CLASSES[number // 12] / f"{number:02}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -137,6 +137,9 @@ def test_a_folder_of_images_streams_as_parquet_does(make_stream, tmp_path) -> No
     assert len(images) == 31
     assert images.label_names == CLASSES
     assert [images.image(index)[1] for index in (0, 11, 12, 30)] == [0, 0, 1, 2]
+    assert "of one class" not in caplog.text
+    assert open_images(f"hfids/files:{tmp_path / 'files'}", "train").stream.keep(12) == 12
+    assert "its first 12 images are of one class; give a mixed stream" in caplog.text
     for workers in (0, 2):
         ours, theirs = (torch.stack(train(one, workers=workers)) for one in (images, make_stream()))
         assert torch.equal(ours, theirs)
