@@ -17,7 +17,7 @@ from gspn2convert.checkpoint import CheckpointStore
 from gspn2convert.convert import LayerReport, convert
 from gspn2convert.cost import count_parameters
 from gspn2convert.curriculum import CURRICULUM, ReducedStage, guide_of, trained
-from gspn2convert.data import ImageSet, split_held_out
+from gspn2convert.data import ImageSet, split_images
 from gspn2convert.environment import environment
 from gspn2convert.evaluate import class_of_label, evaluate
 from gspn2convert.held_out import HeldOut
@@ -96,7 +96,9 @@ class Conversion:
         self.options, self.accelerator, self.store, self.progress = options, accelerator, store, progress
         # Half of the memory traffic, and no weights to cast at every step; what is measured is measured in float32.
         self.taught = copy.deepcopy(teacher).bfloat16() if options.precision == "bf16" else teacher
-        self.train, self.unseen = split_held_out(len(images), recipe.held_out, recipe.seed)
+        if images.stream is not None:
+            images.stream.facts = store.notes.setdefault("stream", images.stream.facts)
+        self.train, self.unseen = split_images(images, recipe)
         self._see(recipe.size)
         self.labelled = class_of_label(teacher, test.label_names) is not None
 

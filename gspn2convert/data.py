@@ -1,11 +1,13 @@
 """Batches of images as the teacher wants to see them.
 
 What a view looks like depends on the seed, the epoch and the index of its image and on nothing else: not on the
-number of workers or processes, and not on where a run was resumed.
+number of workers or processes, and not on where a run was resumed. Streams keep this promise too: they are cut into
+windows, and each is shuffled by a seed of its own.
 
 Shape letters: B batch, C channels, H W image size.
 """
 
+import itertools
 import logging
 import signal
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,7 +19,8 @@ from torch.utils.data import DataLoader, Sampler
 
 from gspn2convert.errors import UserError
 from gspn2convert.images import ImageSet, open_images
-from gspn2convert.recipe import Augment
+from gspn2convert.recipe import Augment, Recipe
+from gspn2convert.stream import Row, Stream, ahead
 from gspn2convert.views import Views, collate, generator, make_transform
 
 __all__ = [
@@ -28,13 +31,34 @@ __all__ = [
     "open_images",
     "own_share",
     "split_held_out",
+    "split_images",
     "train_batches",
     "training_order",
 ]
 
 Keys = list[tuple[int, int]]  # of the views of a batch: epoch and position
+Rows = list[tuple[int, Row]]  # the same of a stream
 
 _log = logging.getLogger(__name__)
+
+
+def split_images(images: ImageSet, recipe: Recipe) -> tuple[Sequence[int], Sequence[int]]:
+    """Set images aside that are not trained on; of a stream its first ones, those for calibration come next.
+
+    Returns:
+        The indices to train on and the indices held out. Of a stream the former are those at hand; training goes
+        through it from the first of them to its end.
+
+    Raises:
+        UserError: the set has fewer than two images.
+    """
+    if images.stream is None:
+        return split_held_out(len(images), recipe.held_out, recipe.seed)
+    held_out, wanted = recipe.held_out, recipe.held_out + recipe.fit.images
+    count = images.stream.keep(wanted)
+    if count < wanted:
+        held_out = _number_held_out(count, held_out)
+    return range(held_out, count), range(held_out)
 
 
 def split_held_out(count: int, held_out: int, seed: int) -> tuple[list[int], list[int]]:
@@ -51,13 +75,18 @@ def split_held_out(count: int, held_out: int, seed: int) -> tuple[list[int], lis
     Raises:
         UserError: the set has fewer than two images.
     """
+    wanted = _number_held_out(count, held_out)
+    order = torch.randperm(count, generator=generator(seed, "held out")).tolist()
+    return sorted(order[wanted:]), sorted(order[:wanted])
+
+
+def _number_held_out(count: int, held_out: int) -> int:
     if count < 2:
         raise UserError(f"the data hold {count} image; at least 2 are needed, one to train on and one held out")
     wanted = max(1, min(held_out, count // 5))
     if wanted < held_out:
         _log.warning("%d images are held out instead of %d, a fifth of the %d there are", wanted, held_out, count)
-    order = torch.randperm(count, generator=generator(seed, "held out")).tolist()
-    return sorted(order[wanted:]), sorted(order[:wanted])
+    return wanted
 
 
 def batches(
@@ -114,7 +143,7 @@ def train_batches(
     Args:
         images: the set.
         data_config: the teacher's, from `timm.data.resolve_model_data_config`.
-        indices: the images to train on.
+        indices: the images to train on; of a stream see `split_images`.
         batch_size: images per step, of all processes together.
         augment: how views are made; None gives the teacher's evaluation view.
         seed: decides order and views; the images of step s depend on the seed and s alone.
@@ -132,7 +161,11 @@ def train_batches(
         UserError: the batch cannot be shared out evenly.
     """
     own = own_share(batch_size, rank, world)
-    order = training_order(len(indices), batch_size, own, seed, range(first_step, steps))
+    order: Iterable[Keys] | Iterable[Rows]
+    if images.stream is None:
+        order = training_order(len(indices), batch_size, own, seed, range(first_step, steps))
+    else:
+        order = stream_order(images.stream, indices[0], batch_size, own, seed, range(first_step, steps))
     views = Views(images, indices, make_transform(data_config, augment, images.in_chans), seed)
     return (pixels for pixels, _, _ in load(views, order, workers))
 
@@ -161,7 +194,31 @@ def training_order(count: int, batch_size: int, own: range, seed: int, steps: It
         yield batch
 
 
-def load(views: Views, order: Iterable[Keys], workers: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def stream_order(stream: Stream, first: int, batch_size: int, own: range, seed: int, steps: range) -> Iterator[Rows]:
+    """Yield the (epoch, row) of each view of a step; training passes over the stream from the image `first` on."""
+    rows = _shuffled(stream, first, seed, steps.start * batch_size)
+    for _ in steps:
+        batch = list(itertools.islice(rows, batch_size))
+        yield [batch[number] for number in own]
+
+
+def _shuffled(stream: Stream, first: int, seed: int, start: int) -> Iterator[tuple[int, Row]]:
+    """Yield epoch after epoch from the place `start` on; how long an epoch is, only its end tells."""
+    epoch = 0
+    while True:
+        if stream.facts["count"] is not None:
+            passed, start = divmod(start, stream.facts["count"] - first)
+            epoch += passed
+        number, skip = divmod(start, stream.window)
+        rows = ahead(stream.rows(first + number * stream.window), stream.window)
+        while window := list(itertools.islice(rows, stream.window)):
+            order = torch.randperm(len(window), generator=generator(seed, "window", epoch, number)).tolist()
+            yield from ((epoch, window[place]) for place in order[skip:])
+            start += len(order[skip:])
+            number, skip = number + 1, 0
+
+
+def load(views: Views, order: Iterable[Keys] | Iterable[Rows], workers: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Yield pixels (B, C, H, W), labels and aspects (B,) of the batches in `order`, counting what cannot be read."""
     loader = DataLoader(
         views,

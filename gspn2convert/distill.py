@@ -103,6 +103,8 @@ def distill_student(
     check_output_folder(options.output, options.resume)
     check_sizes(teacher, recipe, options.stages)
     _check_stages(recipe, options.stages, given)
+    if options.cached and images.stream is not None:
+        raise UserError(f"data {images.name!r} is a stream, which --cache cannot hold; leave --cache out")
     accelerator = make_accelerator(options.device, options.precision)
     _check_batches(recipe, options.stages, accelerator.num_processes)
     blocks = str(keep) if isinstance(keep, Auto) else ",".join(map(str, keep))

@@ -1,9 +1,8 @@
-"""Where images come from: the bundled demo data, folders, tar files, torchvision, shards, Hugging Face.
+"""Where images come from: the bundled demo data, folders, tar files, torchvision, shards, Hugging Face, streams.
 
 timm's readers list and open the files; unlike timm's dataset this set never replaces an image on its own.
 """
 
-import importlib.util
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,11 +14,13 @@ from timm.data import create_dataset
 
 from gspn2convert.demo_data import DemoSource
 from gspn2convert.errors import UserError
+from gspn2convert.hub import image_and_label, import_datasets, stream_hub, stream_shards
 from gspn2convert.shards import ShardSource
 from gspn2convert.splits import SPLIT_NAMES, pick_split
+from gspn2convert.stream import Row, Stream
 from gspn2convert.tally import Tally
 
-_KINDS = "a folder of images, a .tar file, demo, torch/NAME:ROOT, wds/NAME:ROOT or hfds/NAME"
+_KINDS = "a folder of images, a .tar file, demo, torch/NAME:ROOT, wds/NAME:ROOT, hfds/NAME or hfids/NAME"
 T = TypeVar("T")
 
 _MODES = {1: "L", 3: "RGB"}
@@ -44,7 +45,11 @@ class Source(Protocol):
 
 
 class ImageSet:
-    """Images of one colour mode with labels; the index of an image never changes."""
+    """Images of one colour mode with labels; the index of an image never changes.
+
+    Attributes:
+        stream: set where the images come as a stream; by index there are then only its first ones.
+    """
 
     def __init__(self, name: str, source: Source, *, in_chans: int = 3) -> None:
         """Wrap a source.
@@ -57,7 +62,8 @@ class ImageSet:
         self.name = name
         self.label_names = source.label_names
         self.in_chans = in_chans
-        self.tally = Tally(len(source))
+        self.stream = source if isinstance(source, Stream) else None
+        self.tally = Tally(len(source) if self.stream is None else None)
         self._source = source
 
     def __len__(self) -> int:
@@ -67,8 +73,12 @@ class ImageSet:
         """Return the image's file name, or what stands for it."""
         return self._source.where(index)
 
-    def image(self, index: int) -> tuple[Image.Image, int]:
+    def image(self, index: int, row: Row | None = None) -> tuple[Image.Image, int]:
         """Decode an image.
+
+        Args:
+            index: of the image.
+            row: the image, where a stream has come to it.
 
         Returns:
             The image in mode RGB or L, and its label, -1 where it has none.
@@ -77,7 +87,7 @@ class ImageSet:
             UnreadableImage: the file is missing, truncated or no image.
         """
         try:
-            image, label = self._source.read(index)
+            image, label = self._source.read(index) if row is None else row.open()
             return _in_mode(image, _MODES[self.in_chans]), label
         except Exception as error:  # Pillow's decoders raise whatever a broken file drives them into
             raise UnreadableImage(f"{self.where(index)}: {error}") from error
@@ -108,7 +118,8 @@ def open_images(spec: str, split: str, *, in_chans: int = 3) -> ImageSet:
     Args:
         spec: "demo", a folder (labelled by its subfolders, or not labelled), a .tar file, "torch/NAME[:ROOT]"
             (already downloaded to ROOT, by default `data`), "wds/NAME:ROOT" or "hfds/NAME[:ROOT]" (downloads to ROOT
-            or the Hugging Face cache).
+            or the Hugging Face cache). Streamed and never stored are "hfids/NAME", "hfids/NAME:ROOT" (a local folder)
+            and "wds/NAME:URL".
         split: "train" or "test". A folder without subfolders for both serves as either.
         in_chans: the teacher's input channels: 3 gives RGB, 1 grey images.
 
@@ -129,7 +140,9 @@ def _source(spec: str, split: str) -> Source:
     if kind == "torch" and name:
         return _torchvision(name, root or "data", split)
     if kind == "wds" and root:
-        return ShardSource(Path(root), split)
+        return stream_shards(spec, root, split) if "://" in root else ShardSource(Path(root), split)
+    if kind == "hfids" and name:
+        return stream_hub(spec, name, root or None, split)
     if kind == "hfds" and name:
         return _hugging_face(name, root or None, split)
     if Path(spec).exists():
@@ -229,16 +242,11 @@ def _torchvision(name: str, root: str, split: str) -> Source:
 
 
 def _hugging_face(name: str, root: str | None, split: str) -> Source:
-    if importlib.util.find_spec("datasets") is None:
-        raise UserError(f"data hfds/{name} needs the package datasets; run: pip install datasets")
-    datasets = importlib.import_module("datasets")
+    datasets = import_datasets(f"hfds/{name}")
     try:
         found = pick_split(datasets.get_dataset_split_names(name), split, f"hfds/{name}")
         features = datasets.load_dataset(name, split=found, cache_dir=root).features
-        image = next((key for key, kind in features.items() if isinstance(kind, datasets.Image)), None)
-        label = next((key for key, kind in features.items() if isinstance(kind, datasets.ClassLabel)), None)
-        if image is None:
-            raise UserError(f"data hfds/{name}: no column of images among {', '.join(features)}")
+        image, label = image_and_label(datasets, features, f"hfds/{name}")
         keys: dict[str, Any] = {"input_key": image, "target_key": label or image}
         reader = create_dataset(f"hfds/{name}", root=root, split=found, **keys).reader
     except UserError:

@@ -15,17 +15,17 @@ _log = logging.getLogger(__name__)
 class Tally:
     """Which images of a set were asked for, and how many of them could not be read. Each image counts once."""
 
-    def __init__(self, total: int) -> None:
+    def __init__(self, total: int | None) -> None:
         """Start with nothing seen.
 
         Args:
-            total: images in the set.
+            total: images in the set, None where nobody knows.
         """
         self.seen = 0
         self.unreadable = 0
         self._total = total
         self._first = ""
-        self._known = bytearray(total)
+        self._known = bytearray(total or 0)
 
     def add(self, index: int, problem: str) -> None:
         """Count an image that was asked for.
@@ -34,13 +34,14 @@ class Tally:
             index: of the image.
             problem: why it cannot be read, with its name; empty if it can.
         """
+        self._known.extend(bytes(max(0, index + 1 - len(self._known))))
         if self._known[index]:
             return
         self._known[index] = 1
         self.seen += 1
         if problem:
             level = logging.INFO if self.unreadable else logging.WARNING
-            _log.log(level, "unreadable image, the next one stands in for it: %s", problem)
+            _log.log(level, "unreadable image, another one stands in for it: %s", problem)
             self.unreadable += 1
             self._first = self._first or problem
 

@@ -18,12 +18,13 @@ from torch.utils.data import Dataset
 
 from gspn2convert.images import ImageSet, UnreadableImage
 from gspn2convert.recipe import Augment
+from gspn2convert.stream import Row
 from gspn2convert.tally import TOLERATED
 
 
 @dataclass
 class View:
-    """One image as the model sees it; an image that cannot be read is stood in for by the next one that can."""
+    """One image as the model sees it; an image that cannot be read is stood in for by another one that can."""
 
     pixels: Tensor | None  # (C, H, W); None where none of the next images can be read
     label: int
@@ -33,7 +34,7 @@ class View:
 
 
 class Views(Dataset[View]):
-    """Views by (epoch, position in `indices`)."""
+    """Views by (epoch, position in `indices`), or of a stream by (epoch, row)."""
 
     def __init__(
         self, images: ImageSet, indices: Sequence[int], transform: Callable[[Image.Image], Tensor], seed: int
@@ -41,21 +42,29 @@ class Views(Dataset[View]):
         self.images, self._indices, self._seed = images, indices, seed
         self._transform = transform
 
-    def __getitem__(self, key: tuple[int, int]) -> View:
-        epoch, position = key
-        count = len(self._indices)
-        index = int(self._indices[position])  # of an array's elements the seed would be another one
+    def __getitem__(self, key: tuple[int, int | Row]) -> View:
+        epoch, place = key
+        index = place.index if isinstance(place, Row) else int(self._indices[place])
         problem = ""
-        # So many unreadable images in a row would be too many even if all others could be read.
-        for step in range(min(count, max(16, int(count * TOLERATED) + 1))):
+        for candidate, row in self._candidates(place):
             try:
-                image, label = self.images.image(self._indices[(position + step) % count])
+                image, label = self.images.image(candidate, row)
             except UnreadableImage as error:
                 problem = problem or str(error)
             else:
                 with _seeded(self._seed, epoch, index):
                     return View(self._transform(image), label, image.width / image.height, index, problem)
         return View(None, -1, 1.0, index, problem)
+
+    def _candidates(self, place: int | Row) -> Iterator[tuple[int, Row | None]]:
+        """The image that was asked for, and those that may stand in for it: the next ones, of a stream any at hand."""
+        count = len(self._indices)
+        if isinstance(place, Row):
+            yield place.index, place
+            place = place.index % count
+        # So many unreadable images in a row would be too many even if all others could be read.
+        for step in range(min(count, max(16, int(count * TOLERATED) + 1))):
+            yield int(self._indices[(place + step) % count]), None  # of an array's elements seeds would be others
 
 
 def make_transform(

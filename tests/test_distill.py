@@ -388,7 +388,7 @@ def test_a_broken_picture_in_a_hundred_is_put_up_with(run, tmp_path, caplog):
     most = RECIPE.replace("images: 32", "images: 150")
     metrics = run(most, stages=(0,), pictures=Pictures(200, broken=(17,)))
     assert metrics["fit_error"] < 0.5
-    assert "unreadable image, the next one stands in for it: picture 17: image file is truncated" in caplog.text
+    assert "unreadable image, another one stands in for it: picture 17: image file is truncated" in caplog.text
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == FILES
     many = {"pictures": Pictures(200, broken=range(0, 200, 9)), "output": tmp_path / "many"}
     with pytest.raises(UserError, match="images are unreadable, more than the 1 %.*the first is picture"):

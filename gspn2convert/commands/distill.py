@@ -111,7 +111,7 @@ def _show_selection(selection: Document, console: "Console") -> None:
 @click.option("--teacher", required=True, metavar="NAME", help="demo, an alias (vit_base), a timm name or a folder.")
 @options.teacher_weights_option
 @click.option("--recipe", metavar="NAME", help="Recipe or YAML file; default: the teacher's own, or `default`.")
-@click.option("--data", metavar="SPEC", help="demo, a folder, a .tar, or torch/, wds/, hfds/; needs no labels.")
+@click.option("--data", metavar="SPEC", help="demo, a folder, a .tar, torch/, wds/, hfds/, or hfids/ (streamed).")
 @click.option("--output", type=click.Path(path_type=Path), help="Folder to write; default: TEACHER-gspn2.")
 @click.option(
     "--stages",

@@ -48,7 +48,9 @@ def _cka(document: Document) -> str:
 
 @click.command("evaluate", cls=ReportCommand, show=_show)
 @options.folder_argument
-@click.option("--data", required=True, metavar="SPEC", help="Images: demo, a folder, a .tar, or torch/, wds/, hfds/.")
+@click.option(
+    "--data", required=True, metavar="SPEC", help="Images: demo, a folder, a .tar, torch/, wds/, hfds/, hfids/."
+)
 @click.option(
     "--split", type=click.Choice(["train", "test"]), default="test", show_default=True, help="Part of the data."
 )

@@ -50,7 +50,10 @@ def _line(session: dict[str, Any]) -> str:
 @click.argument("model", type=options.FILE)
 @click.argument("more", nargs=-1, metavar="[PATH]...")
 @click.option(
-    "--images", multiple=True, metavar="PATH...", help="Images or folders; or demo, a .tar, torch/, wds/ or hfds/."
+    "--images",
+    multiple=True,
+    metavar="PATH...",
+    help="Images or folders; or demo, a .tar, torch/, wds/, hfds/, hfids/.",
 )
 @click.option("--top", type=click.IntRange(1), default=5, show_default=True, help="Labels of each image.")
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="Write the model's output as .npz.")
