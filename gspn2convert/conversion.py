@@ -29,6 +29,7 @@ from gspn2convert.progress import Progress
 from gspn2convert.recipe import Align, Recipe, Recover
 from gspn2convert.recover import RecoverStage, channel_statistics
 from gspn2convert.selection import STAGE, Selector, build_hybrid
+from gspn2convert.shard import lend
 from gspn2convert.stage import AlignStage, Objective
 from gspn2convert.supply import Supply
 from gspn2convert.train import train_stage
@@ -53,6 +54,7 @@ class Options:
         cached: decode training images once and keep them on the device.
         resume: go on where an interrupted run stopped.
         quiet: show no progress.
+        shard: spread models in training over the processes (FSDP2).
     """
 
     output: Path
@@ -63,6 +65,7 @@ class Options:
     cached: bool = False
     resume: bool = False
     quiet: bool = False
+    shard: bool = False
 
 
 class Conversion:
@@ -234,29 +237,31 @@ class Conversion:
         """Stage 1 or 2, or one size of stage 3, unless the checkpoint says that it is done."""
         if name not in self.store.finished:
             self.supply.prepare()  # before CUDA graphs take their memory
-            train_stage(
-                name,
-                objective(student, self.taught),
-                spec,
-                lambda first_step: self.supply.training(spec, _stage_seed(self.recipe.seed, name), first_step),
-                self.supply.shape(spec),
-                accelerator=self.accelerator,
-                store=self.store,
-                progress=self.progress,
-                evaluate=lambda: self.held_out.compare(student),
-                eval_every=self.recipe.eval_every,
-            )
+            with lend(student, self.taught, self.teacher, sharded=self.options.shard) as (learner, taught):
+                train_stage(
+                    name,
+                    objective(learner, taught),
+                    spec,
+                    lambda first_step: self.supply.training(spec, _stage_seed(self.recipe.seed, name), first_step),
+                    self.supply.shape(spec),
+                    accelerator=self.accelerator,
+                    store=self.store,
+                    progress=self.progress,
+                    evaluate=lambda: self.held_out.compare(learner),
+                    eval_every=self.recipe.eval_every,
+                    shard=self.options.shard,
+                )
         self._score(name, student)
 
     def _recover_stage(self, student: Gspn2Vit, teacher: VisionTransformer) -> RecoverStage:
-        statistics = channel_statistics(self.teacher, self.held_out.images)
+        statistics = channel_statistics(self.held_out.tokens, self.held_out.prefix)
         return RecoverStage(student, teacher, self.recipe.recover.losses, statistics)
 
     def _curriculum_stage(
         self, before: tuple[int, int], guide: Gspn2Vit | None, student: Gspn2Vit, teacher: VisionTransformer
     ) -> RecoverStage:
         """Recovery at a size, taught by the teacher or by a guide at the size before."""
-        spec, statistics = self.recipe.curriculum, channel_statistics(self.teacher, self.held_out.images)
+        spec, statistics = self.recipe.curriculum, channel_statistics(self.held_out.tokens, self.held_out.prefix)
         if spec.target == "teacher":
             return RecoverStage(student, teacher, spec.losses, statistics)
         return ReducedStage(student, teacher, spec.losses, statistics, teacher if guide is None else guide, before)

@@ -34,7 +34,7 @@ class ReducedStage(RecoverStage):
         student: see `Objective`.
         teacher: gives the head for the logits.
         losses: weights of the terms; the mixer's is not used.
-        statistics: `channel_statistics` of the teacher's patch tokens.
+        statistics: `channel_statistics` of the teacher's final tokens.
         guide: ViT that gives the targets, the teacher or the student of an earlier size. It is frozen.
         size: height and width of the images that the guide sees.
     """
@@ -52,6 +52,10 @@ class ReducedStage(RecoverStage):
         self.size, self._guide = size, (guide.eval().requires_grad_(False),)
         if guide is not teacher:
             self.previous = guide  # as a submodule, unlike the teacher, so that the checkpoint has it
+
+    def models(self) -> list[VisionTransformer]:
+        """Those of every stage, and the guide where it is another."""
+        return [*super().models(), *(guide for guide in self._guide if guide is not self.teacher)]
 
     def target(self, images: Tensor) -> Tensor:
         """Final tokens (B, N, C) of the guide, on the grid of the images (B, 3, height, width)."""

@@ -23,7 +23,7 @@ from gspn2convert.model import Gspn2Vit
 from gspn2convert.recipe import Recover, RecoverLosses
 from gspn2convert.stage import Group, Objective, Terms, frozen_tokens
 from gspn2convert.taps import Taps
-from gspn2convert.vit import final_tokens, grid_size, has_head, num_prefix
+from gspn2convert.vit import final_tokens, grid_size, has_head
 
 # One token of so many gives the mixer term. Of all tokens it took two fifths of a step (ViT-S, H100).
 TAPPED = 4
@@ -39,7 +39,7 @@ class RecoverStage(Objective):
         student: see `Objective`.
         teacher: see `Objective`.
         losses: weights of the terms.
-        statistics: `channel_statistics` of the teacher's patch tokens.
+        statistics: `channel_statistics` of the teacher's final tokens.
     """
 
     mean: Tensor
@@ -196,11 +196,11 @@ def tapped_tokens(progress: float, count: int) -> Tensor:
 
 
 @torch.no_grad()
-def channel_statistics(teacher: VisionTransformer, batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (C,) of the teacher's final patch tokens over some batches of images."""
-    prefix, tokens = num_prefix(teacher), []
-    for images in batches:
-        patches = final_tokens(teacher, images)[:, prefix:].flatten(0, 1).double()
+def channel_statistics(batches: Iterable[Tensor], prefix: int) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (C,) of the patches in batches of tokens (B, P + M, C), the first P prefix tokens."""
+    tokens = []
+    for batch in batches:
+        patches = batch[:, prefix:].flatten(0, 1).double()
         tokens.append((len(patches), patches.mean(0), patches.square().mean(0)))
     total = sum(count for count, _, _ in tokens)
     mean = torch.stack([count / total * part for count, part, _ in tokens]).sum(0)

@@ -135,7 +135,7 @@ def test_resizing_is_torchs_and_keeps_dtype_and_grid():
 def reduced_stage(teacher, size, guide=None, **losses):
     student = build_student(teacher, (0, 1), {"proxy_dim": 8})
     images = torch.randn(2, 3, *teacher.patch_embed.img_size, generator=torch.Generator().manual_seed(3))
-    statistics = channel_statistics(teacher, [images])
+    statistics = channel_statistics([teacher.forward_features(images).detach()], teacher.num_prefix_tokens)
     return ReducedStage(student, teacher, RecoverLosses(**losses), statistics, guide or teacher, size)
 
 

@@ -36,7 +36,12 @@ def pair(make_pair):
 
 
 def make_recover(student, teacher, losses=LOSSES):
-    return RecoverStage(student, teacher, losses, channel_statistics(teacher, [IMAGES]))
+    return RecoverStage(
+        student,
+        teacher,
+        losses,
+        channel_statistics([teacher.forward_features(IMAGES).detach()], teacher.num_prefix_tokens),
+    )
 
 
 @torch.no_grad()
@@ -198,7 +203,7 @@ def test_align_groups(pair):
 
 def test_channel_statistics_over_several_batches(pair):
     _, teacher = pair
-    mean, std = channel_statistics(teacher, [IMAGES[:1], IMAGES[1:]])
+    mean, std = channel_statistics([teacher.forward_features(part).detach() for part in IMAGES.split(1)], 3)
     with torch.no_grad():
         patches = teacher.forward_features(IMAGES)[:, 3:].flatten(0, 1).double()
     expected_std, expected_mean = torch.std_mean(patches, 0, correction=0)
@@ -210,7 +215,7 @@ def test_a_channel_that_never_varies_does_not_divide_by_zero(pair):
     student, teacher = pair
     with torch.no_grad():
         teacher.norm.weight[5] = 0
-        mean, std = channel_statistics(teacher, [IMAGES])
+        mean, std = channel_statistics([teacher.forward_features(IMAGES).detach()], teacher.num_prefix_tokens)
         assert std[5].item() == pytest.approx(torch.cat([std[:5], std[6:]]).sum().item() / 32, rel=1e-4)
         terms = RecoverStage(student, teacher, LOSSES, (mean, std))(IMAGES, 0.0)
     assert torch.isfinite(terms["smooth_l1"])
@@ -242,7 +247,7 @@ def test_a_teacher_runs_in_its_own_dtype_under_autocast(make_pair, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_cuda_graphs_give_what_the_pass_gives(make_pair, dtype):
     student, teacher = (model.cuda() for model in make_pair())
-    statistics = [each.cuda() for each in channel_statistics(teacher, [IMAGES.cuda()])]
+    statistics = [each.cuda() for each in channel_statistics([teacher.forward_features(IMAGES.cuda())], 3)]
     stage = RecoverStage(student, teacher.to(dtype), LOSSES, statistics).cuda()
 
     def gradients(terms):

@@ -92,7 +92,7 @@ class Run:
     def objective(self, stage):
         if stage == "align":
             return AlignStage(self.student, self.teacher)
-        statistics = channel_statistics(self.teacher, [images(0), images(1)])
+        statistics = channel_statistics([self.teacher.forward_features(images(step)) for step in (0, 1)], 2)
         return RecoverStage(self.student, self.teacher, self.specs["recover"].losses, statistics)
 
     def train(self, stage, batches=None, evaluate=None):
