@@ -137,8 +137,8 @@ class CheckpointStore:
     def finish(self, stage: str, step: int, student: nn.Module) -> None:
         """Mark a stage as done and save the student, which is all that later stages need."""
         self.finished.append(stage)
-        self.tensors = {f"student.{name}": value for name, value in student.state_dict().items()}
-        self.save(stage, step, self.tensors)
+        self.tensors = {}
+        self.save(stage, step, {f"student.{name}": value for name, value in student.state_dict().items()})
         self._saved_step = 0
 
 
