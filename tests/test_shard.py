@@ -173,7 +173,11 @@ def folder(tmp_path_factory):
         )
         for rank in ("0", "1")
     ]
-    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    try:
+        outputs = [process.communicate(timeout=300)[0] for process in processes]
+    finally:
+        for process in processes:  # what waits for the other one would wait for long
+            process.kill()
     assert [process.returncode for process in processes] == [0, 0], outputs
     return folder
 
