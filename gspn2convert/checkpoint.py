@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from gspn2convert.artifact import write_atomic
 from gspn2convert.errors import UserError
+from gspn2convert.shard import whole
 
 FILE_NAME = "checkpoint.safetensors"
 KEY = "gspn2convert.checkpoint.1"  # the file's one metadata entry; the number changes when the content does
@@ -108,16 +109,20 @@ class CheckpointStore:
         Args:
             stage: the current stage.
             step: steps of it that are done.
-            tensors: named as in `tensors`.
+            tensors: named as in `tensors`; of sharded ones the whole is written, so that all processes have to save.
 
         Raises:
             UserError: it cannot be written, for example because the disk is full.
         """
         began = time.monotonic()
         self.stage, self.step = stage, step
+        content = {}
+        for name, value in tensors.items():
+            full = whole(value.detach())  # by all processes together
+            if self.main:
+                content[name] = full.cpu().contiguous()
         if self.main:
             record = {"identity": self.identity} | {name: getattr(self, name) for name in _RECORDED}
-            content = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
             self._make_folder()
             write_atomic(self.path, save(content, {KEY: json.dumps(record)}))
         self._saved_at, self._saved_step = time.monotonic(), step
@@ -132,8 +137,8 @@ class CheckpointStore:
     def finish(self, stage: str, step: int, student: nn.Module) -> None:
         """Mark a stage as done and save the student, which is all that later stages need."""
         self.finished.append(stage)
-        self.tensors = {f"student.{name}": value for name, value in student.state_dict().items()}
-        self.save(stage, step, self.tensors)
+        self.tensors = {}
+        self.save(stage, step, {f"student.{name}": value for name, value in student.state_dict().items()})
         self._saved_step = 0
 
 

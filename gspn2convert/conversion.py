@@ -27,8 +27,9 @@ from gspn2convert.keep import Auto
 from gspn2convert.model import Gspn2Vit, build_student, kept_blocks
 from gspn2convert.progress import Progress
 from gspn2convert.recipe import Align, Recipe, Recover
-from gspn2convert.recover import RecoverStage, token_deviations
+from gspn2convert.recover import RecoverStage
 from gspn2convert.selection import STAGE, Selector, build_hybrid
+from gspn2convert.shard import lend
 from gspn2convert.stage import AlignStage, Objective
 from gspn2convert.supply import Supply
 from gspn2convert.train import train_stage
@@ -53,6 +54,7 @@ class Options:
         cached: decode training images once and keep them on the device.
         resume: go on where an interrupted run stopped.
         quiet: show no progress.
+        shard: spread models in training over the processes (FSDP2).
     """
 
     output: Path
@@ -63,6 +65,7 @@ class Options:
     cached: bool = False
     resume: bool = False
     quiet: bool = False
+    shard: bool = False
 
 
 class Conversion:
@@ -224,11 +227,10 @@ class Conversion:
         config = data_config(self.teacher)
         channels, *own = config["input_size"]
         config["input_size"] = (channels, *((size, size) if size else own))
-        options = self.options
         self.supply = Supply(
             *(self.images, self.train, config, self.recipe, self.accelerator),
-            workers=options.workers,
-            cached=options.cached,
+            workers=self.options.workers,
+            cached=self.options.cached,
         )
         self.held_out = HeldOut(self.teacher, self.supply.plain(self.unseen))
 
@@ -236,29 +238,30 @@ class Conversion:
         """Stage 1 or 2, or one size of stage 3, unless the checkpoint says that it is done."""
         if name not in self.store.finished:
             self.supply.prepare()  # before CUDA graphs take their memory
-            train_stage(
-                name,
-                objective(student, self.taught),
-                spec,
-                lambda first_step: self.supply.training(spec, _stage_seed(self.recipe.seed, name), first_step),
-                self.supply.shape(spec),
-                accelerator=self.accelerator,
-                store=self.store,
-                progress=self.progress,
-                evaluate=lambda: self.held_out.compare(student),
-                eval_every=self.recipe.eval_every,
-            )
+            with lend(student, self.taught, self.teacher, sharded=self.options.shard) as (learner, taught):
+                train_stage(
+                    name,
+                    objective(learner, taught),
+                    spec,
+                    lambda first_step: self.supply.training(spec, _stage_seed(self.recipe.seed, name), first_step),
+                    self.supply.shape(spec),
+                    accelerator=self.accelerator,
+                    store=self.store,
+                    progress=self.progress,
+                    evaluate=lambda: self.held_out.compare(learner),
+                    eval_every=self.recipe.eval_every,
+                    shard=self.options.shard,
+                )
         self._score(name, student)
 
     def _recover_stage(self, student: Gspn2Vit, teacher: VisionTransformer) -> RecoverStage:
-        deviations = token_deviations(self.teacher, self.held_out.images)
-        return RecoverStage(student, teacher, self.recipe.recover.losses, deviations)
+        return RecoverStage(student, teacher, self.recipe.recover.losses, self.held_out.deviations())
 
     def _curriculum_stage(
         self, before: tuple[int, int], guide: Gspn2Vit | None, student: Gspn2Vit, teacher: VisionTransformer
     ) -> RecoverStage:
         """Recovery at a size, taught by the teacher or by a guide at the size before."""
-        spec, deviations = self.recipe.curriculum, token_deviations(self.teacher, self.held_out.images)
+        spec, deviations = self.recipe.curriculum, self.held_out.deviations()
         if spec.target == "teacher":
             return RecoverStage(student, teacher, spec.losses, deviations)
         return ReducedStage(student, teacher, spec.losses, deviations, teacher if guide is None else guide, before)

@@ -53,6 +53,10 @@ class ReducedStage(RecoverStage):
         if guide is not teacher:
             self.previous = guide  # as a submodule, unlike the teacher, so that the checkpoint has it
 
+    def models(self) -> list[VisionTransformer]:
+        """Those of every stage, and the guide where it is another."""
+        return [*super().models(), *(guide for guide in self._guide if guide is not self.teacher)]
+
     def target(self, images: Tensor) -> Tensor:
         """Final tokens (B, N, C) of the guide, on the grid of the images (B, 3, height, width)."""
         reduced = F.interpolate(images, self.size, mode="bicubic", antialias=True, align_corners=False)

@@ -106,7 +106,7 @@ def distill_student(
     if options.cached and images.stream is not None:
         raise UserError(f"data {images.name!r} is a stream, which --cache cannot hold; leave --cache out")
     accelerator = make_accelerator(options.device, options.precision)
-    _check_batches(recipe, options.stages, accelerator.num_processes)
+    _check_processes(recipe, options, accelerator.num_processes)
     blocks = str(keep) if isinstance(keep, Auto) else ",".join(map(str, keep))
     what = {"teacher": teacher_name, "data": images.name, "keep": blocks}
     identity = what | _identity(teacher, recipe, options, given)
@@ -133,9 +133,14 @@ def _check_keep(keep: Sequence[int] | Auto, depth: int) -> None:
         raise UserError("every block keeps attention, so there is nothing to convert; keep fewer with --keep")
 
 
-def _check_batches(recipe: Recipe, stages: Sequence[int], processes: int) -> None:
-    """Make sure that every stage's batches can be shared out, before the first of them runs."""
-    for _, spec, _ in trained(recipe, stages):
+def _check_processes(recipe: Recipe, options: Options, processes: int) -> None:
+    """Make sure that models and every stage's batches can be shared out, before the first of them runs."""
+    if options.shard and processes == 1:
+        raise UserError(
+            "--shard spreads the models over several processes, and this is the only one; start more, by "
+            "`accelerate launch -m gspn2convert distill ...` or torchrun, or leave --shard out"
+        )
+    for _, spec, _ in trained(recipe, options.stages):
         own = own_share(spec.batch_size if spec.steps else 0, 0, processes)
         if recipe.augment.mix:
             check_pairs(own)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from gspn2convert.images import spread
-from gspn2convert.losses import kl
+from gspn2convert.losses import kl, token_deviations
 from gspn2convert.vit import final_tokens, has_head, num_prefix
 
 
@@ -34,6 +34,10 @@ class HeldOut:
         with torch.no_grad():
             self.tokens = [final_tokens(teacher, batch) for batch in self.images]
             self.logits = [self._logits(teacher, tokens) for tokens in self.tokens]
+
+    def deviations(self) -> Tensor:
+        """`losses.token_deviations` of the teacher's final tokens."""
+        return token_deviations(self.tokens, self.prefix)
 
     def sample(self, count: int) -> HeldOut:
         """At most `count` of the images, from all over the set."""

@@ -5,6 +5,8 @@ Shapes: B batch, N tokens, C channels, K classes.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,6 +24,26 @@ def smooth_l1(student: Tensor, teacher: Tensor, deviation: Tensor) -> Tensor:
     """
     difference = (student.float() - teacher.float()) / deviation
     return F.smooth_l1_loss(difference, torch.zeros_like(difference))
+
+
+@torch.no_grad()
+def token_deviations(batches: Iterable[Tensor], prefix: int) -> Tensor:
+    """Standard deviations (P + 1, C) of batches of final tokens (B, P + M, C), the first P of them prefix tokens.
+
+    A row for each prefix token, over images, and a last one for the patches, over images and places.
+    """
+    parts = []
+    for batch in batches:
+        tokens = batch.double()
+        kinds = [*tokens[:, :prefix].unbind(1), tokens[:, prefix:].flatten(0, 1)]
+        moments = [torch.stack([kind.mean(0), kind.square().mean(0)]) for kind in kinds]
+        parts.append((len(tokens), torch.stack(moments)))
+    total = sum(count for count, _ in parts)
+    mean, square = torch.stack([count / total * part for count, part in parts]).sum(0).unbind(1)
+    deviations = (square - mean.square()).clamp_min(0).sqrt()
+    # A channel that never varies must not divide by zero; it counts like the average one.
+    average = deviations.mean(1, keepdim=True)
+    return torch.where(deviations > 1e-6 * average, deviations, average.clamp_min(1e-6)).float()
 
 
 def variance(teacher: Tensor, gamma: Tensor | None = None, mean: Tensor | None = None) -> Tensor:

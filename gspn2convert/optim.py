@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from gspn2convert.shard import own, part
+
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps for each parameter
 
 
@@ -35,12 +37,12 @@ def optimizer_tensors(optimizer: Optimizer, named: Iterable[tuple[str, nn.Parame
 
 
 def load_optimizer(optimizer: Optimizer, named: Iterable[tuple[str, nn.Parameter]], tensors: dict[str, Tensor]) -> None:
-    """Put the state of `optimizer_tensors` back, moments on the device of their parameter."""
+    """Put the state of `optimizer_tensors` back, moments where their parameter is, sharded if it is."""
     fused = optimizer.defaults["fused"]
     for name, parameter in named:
         if f"{name}.step" in tensors:
             step, *moments = (tensors[f"{name}.{key}"] for key in MOMENTS)
-            moved = (moment.to(parameter.device) for moment in moments)
+            moved = (part(moment, parameter) for moment in moments)
             # A fused step counts on the device, any other on the CPU.
             counted = step.to(parameter.device) if fused else step.cpu()
             optimizer.state[parameter] = dict(zip(MOMENTS, (counted, *moved), strict=True))
@@ -65,14 +67,14 @@ class Ema:
     def update(self, step: int) -> None:
         """Take in the weights after a step, numbered from 0."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        weights = [p.detach().float() for p in self._parameters.values()]
-        torch._foreach_lerp_(list(self.average.values()), weights, 1 - decay)
+        weights = [own(p.detach()).float() for p in self._parameters.values()]
+        torch._foreach_lerp_([own(each) for each in self.average.values()], weights, 1 - decay)
 
     @torch.no_grad()
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Put an average back."""
         for name, value in self.average.items():
-            value.copy_(tensors[name])
+            value.copy_(part(tensors[name], value))
 
     @torch.no_grad()
     def swap(self) -> None:

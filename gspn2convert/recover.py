@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterable
 
 import torch
 from timm.models import VisionTransformer
@@ -19,7 +18,7 @@ from gspn2convert.model import Gspn2Vit
 from gspn2convert.recipe import Recover, RecoverLosses
 from gspn2convert.stage import Group, Objective, Terms, frozen_tokens
 from gspn2convert.taps import Taps
-from gspn2convert.vit import final_tokens, grid_size, has_head, num_prefix
+from gspn2convert.vit import final_tokens, grid_size, has_head
 
 # One token of so many gives the mixer term. Of all tokens it took two fifths of a step (ViT-S, H100).
 TAPPED = 4
@@ -155,26 +154,6 @@ def tapped_tokens(progress: float, count: int) -> Tensor:
     """
     first = random.Random(progress).randrange(count)
     return (first + TAPPED * torch.arange(max(1, count // TAPPED))) % count
-
-
-@torch.no_grad()
-def token_deviations(teacher: VisionTransformer, batches: Iterable[Tensor]) -> Tensor:
-    """Standard deviations (P + 1, C) of the teacher's final tokens over some batches of images.
-
-    A row for each prefix token, over images, and a last one for the patches, over images and places.
-    """
-    prefix, parts = num_prefix(teacher), []
-    for images in batches:
-        tokens = final_tokens(teacher, images).double()
-        kinds = [*tokens[:, :prefix].unbind(1), tokens[:, prefix:].flatten(0, 1)]
-        moments = [torch.stack([kind.mean(0), kind.square().mean(0)]) for kind in kinds]
-        parts.append((len(images), torch.stack(moments)))
-    total = sum(count for count, _ in parts)
-    mean, square = torch.stack([count / total * part for count, part in parts]).sum(0).unbind(1)
-    deviations = (square - mean.square()).clamp_min(0).sqrt()
-    # A channel that never varies must not divide by zero; it counts like the average one.
-    average = deviations.mean(1, keepdim=True)
-    return torch.where(deviations > 1e-6 * average, deviations, average.clamp_min(1e-6)).float()
 
 
 def _identity(dim: int, like: Tensor) -> nn.Linear:

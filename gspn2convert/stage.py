@@ -25,6 +25,7 @@ from gspn2convert.losses import relative_error, variance
 from gspn2convert.mixer import Gspn2Mixer
 from gspn2convert.model import Gspn2Vit
 from gspn2convert.recipe import Align
+from gspn2convert.shard import shard, whole
 from gspn2convert.taps import Taps
 from gspn2convert.vit import attention_sites, final_tokens, grid_size, layer_scale, num_prefix
 
@@ -73,6 +74,14 @@ class Objective(nn.Module):
     def forget(self) -> None:
         """Free what `record` made."""
         self.recorded.clear()
+
+    def shard(self, device: torch.device) -> None:
+        """Spread all models over the processes of the run, in place of DDP and for good."""
+        shard(self, self.models(), device)
+
+    def models(self) -> list[VisionTransformer]:
+        """All models that a step runs."""
+        return [self.student, self.teacher]
 
     def group(self, named: Iterable[tuple[str, nn.Parameter]], peak: float, final: float, decay: float) -> list[Group]:
         """Split by weight decay: vectors, and what timm exempts (position embeddings, prefix tokens), get none."""
@@ -125,7 +134,8 @@ class AlignStage(Objective):
         with torch.no_grad(), Taps(self.teacher, self.mixers) as taps:
             frozen_tokens(self.teacher, images)
         grid = grid_size(self.student, *images.shape[-2:])
-        gammas = [layer_scale(self.student.blocks[site]) for site in self.mixers]
+        scales = [layer_scale(self.student.blocks[site]) for site in self.mixers]
+        gammas = [None if scale is None else whole(scale) for scale in scales]
         targets = [taps.outputs[site][:, self.prefix :] for site in self.mixers]
         spreads = batch_spread(targets, gammas)
         errors = {}

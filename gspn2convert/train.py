@@ -25,6 +25,7 @@ from gspn2convert.interrupt import Interrupted, StopWish
 from gspn2convert.optim import Ema, learning_rate, load_optimizer, optimizer_tensors
 from gspn2convert.progress import Progress
 from gspn2convert.recipe import Align, Recover
+from gspn2convert.shard import part, whole
 from gspn2convert.stage import Objective
 
 logger = logging.getLogger(__name__)
@@ -91,6 +92,7 @@ def train_stage(
     progress: Progress,
     evaluate: Evaluate,
     eval_every: int,
+    shard: bool = False,
 ) -> StageResult:
     """Run a stage from its start, or from where the store's checkpoint left it.
 
@@ -109,12 +111,13 @@ def train_stage(
         progress: shows loss terms and speed.
         evaluate: held-out figures of the student as it is; "cosine" decides between raw and averaged weights.
         eval_every: steps between two evaluations.
+        shard: spread the objective's models over the processes, in place of DDP; they stay so.
 
     Raises:
         UserError: the loss or its gradient became NaN or infinite; the last checkpoint stays.
         Interrupted: Ctrl-C or SIGTERM; the state is saved.
     """
-    training = _Training(name, objective, spec, shape, accelerator, store)
+    training = _Training(name, objective, spec, shape, accelerator, store, shard)
     try:
         with StopWish() as stop:
             training.run(batches, progress, evaluate, eval_every, stop)
@@ -139,19 +142,23 @@ class _Training:
         shape: tuple[int, ...],
         accelerator: Accelerator,
         store: CheckpointStore,
+        shard: bool,
     ) -> None:
         self.name, self.objective, self.spec = name, objective, spec
         self.accelerator, self.store = accelerator, store
+        if shard:
+            objective.shard(accelerator.device)
         groups = objective.groups(spec)
         self.parameters = [parameter for group in groups for parameter in group["params"]]
         self.named = [(n, p) for n, p in objective.named_parameters() if p.requires_grad]
         assert {id(p) for _, p in self.named} == {id(p) for p in self.parameters}
         on_gpu = accelerator.device.type == "cuda"
         optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=on_gpu)
-        if on_gpu:
+        if on_gpu and not shard:
             with accelerator.autocast():
                 objective.record(torch.zeros(shape, device=accelerator.device))
-        self.model, self.optimizer = accelerator.prepare(objective, optimizer)
+        self.model = objective if shard else accelerator.prepare(objective)
+        self.optimizer = accelerator.prepare(optimizer)
         decay = spec.ema if isinstance(spec, Recover) else 0.0
         self.ema = Ema(objective.student, decay) if decay else None
         self.skipped = 0
@@ -165,7 +172,7 @@ class _Training:
         progress.start(self.name, steps, self.first_step)
         remaining = zip(range(self.first_step, steps), batches(self.first_step), strict=True)
         for step, images in remaining if self.first_step < steps else ():
-            figures, stopping = self._step(step, images, stop)
+            figures, stopping, due = self._step(step, images, stop)
             done = step + 1
             progress.advance(done, figures, len(images) * self.accelerator.num_processes)
             if done == steps:
@@ -173,7 +180,7 @@ class _Training:
                 return
             if done % eval_every == 0:
                 self._record(done, figures, progress.images_per_second, evaluate())
-            if stopping or self.store.due(done):
+            if stopping or due:
                 self._save(done)
             if stopping:
                 raise Interrupted(self.name, done, steps)
@@ -198,24 +205,27 @@ class _Training:
         self.store.finish(self.name, self.spec.steps, student)
         return StageResult(stage=self.name, steps=self.spec.steps, kept=kept, evaluation=scores, seconds=seconds)
 
-    def _step(self, step: int, images: Tensor, stop: StopWish) -> tuple[dict[str, float], bool]:
-        """One step; its loss terms over all processes, and whether any of them wishes to stop."""
+    def _step(self, step: int, images: Tensor, stop: StopWish) -> tuple[dict[str, float], bool, bool]:
+        """One step; its loss terms over all processes, whether any of them wishes to stop, and whether to save."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(
                 step, self.spec.steps, warmup=self.spec.warmup, peak=group["peak"], final=group["final"]
             )
-        terms = self.model(images, step / self.spec.steps)
+        with self.accelerator.autocast():
+            terms = self.model(images, step / self.spec.steps)
         self.accelerator.backward(terms["loss"])
-        norm = self.accelerator.clip_grad_norm_(self.parameters, self.spec.clip)
-        wish = torch.full_like(norm, float(stop.made))
-        figures = self._everywhere([*(term.detach() for term in terms.values()), norm, wish])
+        norm = whole(self.accelerator.clip_grad_norm_(self.parameters, self.spec.clip))
+        # Each process has a clock of its own; that of the one that writes decides.
+        wishes = stop.made, self.store.main and self.store.due(step + 1)
+        asked = (torch.full_like(norm, float(wish)) for wish in wishes)
+        figures = self._everywhere([*(term.detach() for term in terms.values()), norm, *asked])
         named = dict(zip([*terms, "gradient"], figures, strict=False))
         self._check(step, named)
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.ema is not None:
             self.ema.update(step)
-        return named, figures[-1] > 0
+        return named, figures[-2] > 0, figures[-1] > 0
 
     def _everywhere(self, figures: list[Tensor] | list[float]) -> list[float]:
         """Means over all processes, so that all of them decide alike."""
@@ -271,7 +281,9 @@ class _Training:
         if store.stage != self.name or self.name in store.finished:
             return 0
         student = {f"student.{name}": value for name, value in store.part("student.").items()}
-        self.objective.load_state_dict(student | store.part("stage."))
+        own = self.objective.state_dict()
+        full = student | store.part("stage.")
+        self.objective.load_state_dict({name: part(value, own[name]) for name, value in full.items()})
         load_optimizer(self.optimizer, self.named, store.part("optimizer."))
         if self.ema is not None:
             self.ema.load(store.part("ema."))

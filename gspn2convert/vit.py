@@ -26,6 +26,9 @@ logger = logging.getLogger(__name__)
 GSPN2_VIT = "gspn2_vit"
 """Name under which converted models are registered with timm."""
 
+PASSES = ("forward_features", "forward_head")
+"""Methods that a pass through a model calls here, in place of its `forward`."""
+
 PLAIN = (VisionTransformer, VisionTransformerDistilled)
 
 # Arguments that shape the fresh weights, the wrapper or the training, but not the architecture.

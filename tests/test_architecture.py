@@ -28,7 +28,7 @@ LAYERS = (
     {"fit", "taps", "losses"},
     {"moments", "probes"},
     {"__init__", "artifact", "teachers"},
-    {"model", "session", "image_files"},
+    {"model", "session", "image_files", "shard"},
     {"mixer"},
     {"vit", "data", "recipe"},
     {"recipe_parser"},

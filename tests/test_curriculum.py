@@ -21,10 +21,10 @@ from gspn2convert.errors import UserError
 from gspn2convert.evaluate import evaluate
 from gspn2convert.images import ImageSet
 from gspn2convert.interrupt import Interrupted
+from gspn2convert.losses import token_deviations
 from gspn2convert.model import Gspn2Vit, build_student
 from gspn2convert.progress import Progress
 from gspn2convert.recipe import RecoverLosses, parse_recipe
-from gspn2convert.recover import token_deviations
 from gspn2convert.supply import Supply
 from gspn2convert.teachers import load_teacher
 from gspn2convert.train import make_accelerator
@@ -135,7 +135,7 @@ def test_resizing_is_torchs_and_keeps_dtype_and_grid():
 def reduced_stage(teacher, size, guide=None, **losses):
     student = build_student(teacher, (0, 1), {"proxy_dim": 8})
     images = torch.randn(2, 3, *teacher.patch_embed.img_size, generator=torch.Generator().manual_seed(3))
-    deviations = token_deviations(teacher, [images])
+    deviations = token_deviations([teacher.forward_features(images).detach()], teacher.num_prefix_tokens)
     return ReducedStage(student, teacher, RecoverLosses(**losses), deviations, guide or teacher, size)
 
 

@@ -4,9 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from gspn2convert.losses import token_deviations
 from gspn2convert.model import build_student
 from gspn2convert.recipe import Align, Mixer, Recover, RecoverLosses
-from gspn2convert.recover import RecoverStage, tapped_tokens, token_deviations
+from gspn2convert.recover import RecoverStage, tapped_tokens
 from gspn2convert.stage import AlignStage, frozen_tokens
 
 LOSSES = RecoverLosses(prefix=1.0, patch=0.9, smooth_l1=0.1, mixer=0.5, logits=0.7, temperature=2.0, mixer_until=0.6)
@@ -36,7 +37,12 @@ def pair(make_pair):
 
 
 def make_recover(student, teacher, losses=LOSSES):
-    return RecoverStage(student, teacher, losses, token_deviations(teacher, [IMAGES]))
+    return RecoverStage(student, teacher, losses, deviations(teacher, IMAGES))
+
+
+@torch.no_grad()
+def deviations(teacher, *batches):
+    return token_deviations([teacher.forward_features(images) for images in batches], teacher.num_prefix_tokens)
 
 
 @torch.no_grad()
@@ -202,7 +208,7 @@ def test_align_groups(pair):
 
 def test_token_deviations_over_several_batches(pair):
     _, teacher = pair
-    found = token_deviations(teacher, [IMAGES[:1], IMAGES[1:]])
+    found = deviations(teacher, IMAGES[:1], IMAGES[1:])
     with torch.no_grad():
         tokens = teacher.forward_features(IMAGES).double()
     patches = tokens[:, 3:].flatten(0, 1).std(0, correction=0)
@@ -214,7 +220,7 @@ def test_a_channel_that_never_varies_does_not_divide_by_zero(pair):
     student, teacher = pair
     with torch.no_grad():
         teacher.norm.weight[5] = 0
-        found = token_deviations(teacher, [IMAGES])
+        found = deviations(teacher, IMAGES)
         for row in found:
             assert row[5].item() == pytest.approx(torch.cat([row[:5], row[6:]]).sum().item() / 32, rel=1e-4)
         terms = RecoverStage(student, teacher, LOSSES, found)(IMAGES, 0.0)
@@ -247,7 +253,7 @@ def test_a_teacher_runs_in_its_own_dtype_under_autocast(make_pair, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_cuda_graphs_give_what_the_pass_gives(make_pair, dtype):
     student, teacher = (model.cuda() for model in make_pair())
-    stage = RecoverStage(student, teacher.to(dtype), LOSSES, token_deviations(teacher, [IMAGES.cuda()])).cuda()
+    stage = RecoverStage(student, teacher.to(dtype), LOSSES, deviations(teacher, IMAGES.cuda())).cuda()
 
     def gradients(terms):
         stage.zero_grad()

@@ -20,10 +20,11 @@ from safetensors import safe_open
 from gspn2convert.checkpoint import FILE_NAME, CheckpointStore
 from gspn2convert.errors import UserError
 from gspn2convert.interrupt import Interrupted, StopWish
+from gspn2convert.losses import token_deviations
 from gspn2convert.model import build_student
 from gspn2convert.progress import Progress
 from gspn2convert.recipe import Align, Mixer, Recover
-from gspn2convert.recover import RecoverStage, token_deviations
+from gspn2convert.recover import RecoverStage
 from gspn2convert.stage import AlignStage
 from gspn2convert.train import make_accelerator, train_stage
 
@@ -92,7 +93,7 @@ class Run:
     def objective(self, stage):
         if stage == "align":
             return AlignStage(self.student, self.teacher)
-        deviations = token_deviations(self.teacher, [images(0), images(1)])
+        deviations = token_deviations([self.teacher.forward_features(images(step)).detach() for step in (0, 1)], 2)
         return RecoverStage(self.student, self.teacher, self.specs["recover"].losses, deviations)
 
     def train(self, stage, batches=None, evaluate=None):

@@ -131,6 +131,7 @@ def _show_selection(selection: Document, console: "Console") -> None:
 @click.option("--precision", type=options.PRECISION, default="fp32", show_default=True, help="Autocast to this type.")
 @options.workers_option
 @click.option("--cache", "cached", is_flag=True, help="Decode the images once and make views on the device.")
+@click.option("--shard", is_flag=True, help="Spread the models in training over the processes (FSDP).")
 @click.option("--resume", is_flag=True, help="Go on where an interrupted run stopped.")
 @click.option("--dry-run", is_flag=True, help="Print the plan; nothing is downloaded or written.")
 def command(

@@ -1,9 +1,10 @@
 """Check that a run on two GPUs is the run on one: its losses, and its end after a resume on one of them.
 
     python recipes/scripts/scale_out.py --output recipes/results/scale_out.json
+    python recipes/scripts/scale_out.py --shard --output recipes/results/scale_out.json
 
 The demo is converted in float32 three times: by one process, by two, and by two with an interruption, resumed by one.
-Results are added under the device.
+With --shard each of two processes holds half of the models. Results are added under the device.
 """
 
 import argparse
@@ -30,12 +31,13 @@ held_out: 64
 FIRST = 20
 
 
-def command(processes: int, recipe: Path, folder: Path, device: str, *more: str) -> list[str]:
+def command(processes: int, recipe: Path, folder: Path, device: str, shard: bool, *more: str) -> list[str]:
     """The conversion's command for one or more processes."""
     start = [sys.executable, "-m"]
     if processes > 1:
         # A port of its own: the usual one may be another program's.
         start += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
+        more = (*more, "--shard") if shard else more
     asked = ["--teacher", "demo", "--recipe", str(recipe), "--output", str(folder), "--device", device, *more]
     return [*start, "gspn2convert", "distill", *asked]
 
@@ -46,9 +48,9 @@ def losses(folder: Path) -> list[float]:
     return [record["loss"] for record in history if record["stage"] == "recover" and "loss" in record]
 
 
-def interrupted(recipe: Path, folder: Path, device: str) -> None:
+def interrupted(recipe: Path, folder: Path, device: str, shard: bool) -> None:
     """Run two processes until stage 2 has written a checkpoint, then ask it to stop."""
-    process = subprocess.Popen(command(2, recipe, folder, device), start_new_session=True)
+    process = subprocess.Popen(command(2, recipe, folder, device, shard), start_new_session=True)
     checkpoint = folder / "checkpoint.safetensors"
     first = None
     while process.poll() is None:
@@ -67,17 +69,17 @@ def largest_difference(ours: list[float], theirs: list[float]) -> float:
     return max(abs(a - b) / abs(a) for a, b in zip(ours, theirs, strict=True))
 
 
-def compare(steps: int, device: str) -> dict[str, Any]:
+def compare(steps: int, device: str, shard: bool) -> dict[str, Any]:
     """Run three times and compare the losses of stage 2."""
     with tempfile.TemporaryDirectory() as name:
         folder, curves = Path(name), {}
         recipe = folder / "recipe.yaml"
         recipe.write_text(RECIPE.format(steps=steps))
         for processes in (1, 2):
-            subprocess.run(command(processes, recipe, folder / f"{processes}", device), check=True)
+            subprocess.run(command(processes, recipe, folder / f"{processes}", device, shard), check=True)
             curves[processes] = losses(folder / f"{processes}")
-        interrupted(recipe, folder / "resumed", device)
-        subprocess.run(command(1, recipe, folder / "resumed", device, "--resume"), check=True)
+        interrupted(recipe, folder / "resumed", device, shard)
+        subprocess.run(command(1, recipe, folder / "resumed", device, shard, "--resume"), check=True)
         resumed = losses(folder / "resumed")
     return {
         "steps": steps,
@@ -95,12 +97,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="[%(default)s]")
     parser.add_argument("--steps", type=int, default=300, help="of stage 2 [%(default)s]")
+    parser.add_argument("--shard", action="store_true", help="spread the models over the two processes")
     parser.add_argument("--commit", help="of the source, for a copy without its git history; default: ask git")
     parser.add_argument("--output", type=Path, required=True, help="results file to add to")
     arguments = parser.parse_args()
-    found = compare(arguments.steps, arguments.device)
+    found = compare(arguments.steps, arguments.device, arguments.shard)
     found |= made_by(arguments.commit, torch.device(arguments.device))
-    add_row(arguments.output, arguments.device, found)
+    add_row(arguments.output, arguments.device + ", sharded" * arguments.shard, found)
     print(found["largest_relative_difference"])
 
 
