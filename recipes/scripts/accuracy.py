@@ -19,7 +19,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,7 @@ class Row:
 
 ROWS = {
     "pure": Row(what="no attention left"),
+    "longer": Row(what="`pure` trained on, stage 2 again", stages=(2,), after="pure"),
     "auto": Row(what="3 blocks keep attention, chosen automatically", keep="auto:3"),
     "auto2": Row(what="2 blocks keep attention, chosen automatically", keep="auto:2"),
     "every": Row(what="blocks 3, 7 and 11 keep attention", keep="every:4"),
@@ -185,6 +186,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--rows", default="pure", help=f"some of {', '.join(ROWS)} [%(default)s]")
     parser.add_argument("--seeds", default="0", help="[%(default)s]")
     parser.add_argument("--recipe", help="name or file, in place of the setting's")
+    parser.add_argument("--label", help="name of the one row in the results file [the row's]")
     parser.add_argument("--steps", type=int, help="of stage 2, in place of the recipe's")
     parser.add_argument("--workers", type=int, default=8, help="processes that read images [%(default)s]")
     parser.add_argument("--precision", default="bf16", help="as for gspn2convert distill [%(default)s]")
@@ -215,8 +217,8 @@ def main() -> None:
             size = row.size or recipe.size or None
             teacher = load_teacher(arguments.teacher, weights=arguments.teacher_weights, img_size=size)
             figures = convert(row, recipe, teacher, arguments)
-            figures |= {"recipe": recipe.name, "steps": recipe.recover.steps, "device_shared": arguments.shared}
-            add_row(arguments.output, f"{name}-{seed}", figures)
+            figures |= {"recipe": asdict(recipe), "device_shared": arguments.shared}
+            add_row(arguments.output, f"{arguments.label or name}-{seed}", figures)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ plasma-workspace-data, usr/share/palapeli/collection of palapeli-data, usr/share
 
 Any folder with pictures will do as the source. Pictures that are small, nearly flat or a copy of another are left out.
 Every sixth picture is a test picture: crops of one picture are all in one split. Those of --more are trained on only,
-so that other pictures there do not change what is tested. Fashion-MNIST's training images, if
-asked for, are more views to train on; none is a test image. The same arguments give the same files.
+so that other pictures there do not change what is tested. Fashion-MNIST's training images, if asked for, are more views
+to train on; none is a test image. The same arguments give the same files.
 """
 
 import argparse
