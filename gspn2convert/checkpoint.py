@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from gspn2convert.artifact import write_atomic
 from gspn2convert.errors import UserError
-from gspn2convert.shard import whole
+from gspn2convert.fsdp import whole
 
 FILE_NAME = "checkpoint.safetensors"
-KEY = "gspn2convert.checkpoint.1"  # the file's one metadata entry; the number changes when the content does
+KEY = "gspn2convert.checkpoint.2"  # the file's one metadata entry; the number changes when the content does
 
 
 class CheckpointStore:

@@ -20,6 +20,7 @@ from gspn2convert.curriculum import CURRICULUM, ReducedStage, guide_of, trained
 from gspn2convert.data import ImageSet, split_images
 from gspn2convert.environment import environment
 from gspn2convert.evaluate import class_of_label, evaluate
+from gspn2convert.fsdp import lend
 from gspn2convert.held_out import HeldOut
 from gspn2convert.images import spread
 from gspn2convert.interrupt import Interrupted, StopWish
@@ -29,7 +30,6 @@ from gspn2convert.progress import Progress
 from gspn2convert.recipe import Align, Recipe, Recover
 from gspn2convert.recover import RecoverStage
 from gspn2convert.selection import STAGE, Selector, build_hybrid
-from gspn2convert.shard import lend
 from gspn2convert.stage import AlignStage, Objective
 from gspn2convert.supply import Supply
 from gspn2convert.train import train_stage

@@ -141,9 +141,9 @@ def _check_processes(recipe: Recipe, options: Options, processes: int) -> None:
             "`accelerate launch -m gspn2convert distill ...` or torchrun, or leave --shard out"
         )
     for _, spec, _ in trained(recipe, options.stages):
-        own = own_share(spec.batch_size if spec.steps else 0, 0, processes)
-        if recipe.augment.mix:
-            check_pairs(own)
+        own_share(spec.batch_size if spec.steps else 0, 0, processes)
+        if recipe.augment.mix and spec.steps:
+            check_pairs(spec.place, spec.batch_size, processes)
 
 
 def _check_stages(recipe: Recipe, stages: Sequence[int], given: Gspn2Vit | None) -> None:

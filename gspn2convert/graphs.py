@@ -42,7 +42,7 @@ def record(run: Pass, trained: Sequence[nn.Module], inputs: Iterable[tuple[Tenso
         The recorded passes by the number of their inputs.
     """
     dtype, wanted = torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda")
-    # The gradients' stream is that of the recording, not that of the replays: it is so in every such graph.
+    # Gradients belong to the stream of the recording and not to that of the replays, in all graphs made this way.
     warnings.filterwarnings("ignore", "The AccumulateGrad node's stream does not match")
     pool = torch.cuda.graph_pool_handle()  # of one memory, for the graphs never run at once
     graphs: dict[int, Any] = {}

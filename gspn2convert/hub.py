@@ -56,11 +56,19 @@ def stream_shards(data: str, pattern: str, split: str) -> Stream:
 
 
 def expand(pattern: str) -> list[str]:
-    """Write out ranges of numbers: `{08..10}` stands for 08, 09 and 10."""
+    """Write out ranges of numbers: `{08..10}` stands for 08, 09 and 10.
+
+    Raises:
+        UserError: braces hold something else, or a range counts down.
+    """
     found = _RANGE.search(pattern)
     if found is None:
+        if "{" in pattern or "}" in pattern:
+            raise UserError(f"data {pattern}: expected a range of shards as {{000..099}}, or no braces")
         return [pattern]
     first, last = found.groups()
+    if int(last) < int(first):
+        raise UserError(f"data {pattern}: the range {found[0]} counts down; write {{{last}..{first}}}")
     before, after = pattern[: found.start()], pattern[found.end() :]
     numbers = range(int(first), int(last) + 1)
     return [one for number in numbers for one in expand(f"{before}{number:0{len(first)}}{after}")]

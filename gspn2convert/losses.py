@@ -30,7 +30,8 @@ def smooth_l1(student: Tensor, teacher: Tensor, deviation: Tensor) -> Tensor:
 def token_deviations(batches: Iterable[Tensor], prefix: int) -> Tensor:
     """Standard deviations (P + 1, C) of batches of final tokens (B, P + M, C), the first P of them prefix tokens.
 
-    A row for each prefix token, over images, and a last one for the patches, over images and places.
+    A row for each prefix token, over images, and a last one for the patches, over images and places. Images are few, or
+    alike, where patches are many: no row is below a tenth of the last.
     """
     parts = []
     for batch in batches:
@@ -43,7 +44,8 @@ def token_deviations(batches: Iterable[Tensor], prefix: int) -> Tensor:
     deviations = (square - mean.square()).clamp_min(0).sqrt()
     # A channel that never varies must not divide by zero; it counts like the average one.
     average = deviations.mean(1, keepdim=True)
-    return torch.where(deviations > 1e-6 * average, deviations, average.clamp_min(1e-6)).float()
+    deviations = torch.where(deviations > 1e-6 * average, deviations, average.clamp_min(1e-6))
+    return torch.maximum(deviations, 0.1 * deviations[-1]).float()
 
 
 def variance(teacher: Tensor, gamma: Tensor | None = None, mean: Tensor | None = None) -> Tensor:

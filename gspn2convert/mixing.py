@@ -1,7 +1,7 @@
 """Training images mixed with one another, for teacher and student alike.
 
-A few hundred pictures show a teacher's function at too few places. Blends and pasted cuts of pairs show it at many
-more (Beyer et al., 2022, on "function matching"; mixup and CutMix), and the teacher answers for each of them.
+The teacher answers for blends and pasted cuts of pairs of images as it does for images (mixup and CutMix; Beyer et al.,
+2022, on "function matching").
 
 Shapes: B images of one process, C channels, H W image size.
 """
@@ -35,16 +35,21 @@ def mix_batches(
         yield mix(images, draws[own.start : own.stop].to(images.device, non_blocking=True), share)
 
 
-def check_pairs(own: range) -> None:
+def check_pairs(place: str, batch_size: int, processes: int) -> None:
     """Make sure that neighbours are with the same process.
 
+    Args:
+        place: of the stage in the recipe.
+        batch_size: images a step, of all processes together; a multiple of `processes`.
+        processes: number of them.
+
     Raises:
-        UserError: an odd number of images is this process's.
+        UserError: each has an odd number of images.
     """
-    if len(own) % 2:
+    if batch_size // processes % 2:
         raise UserError(
-            f"augment.mix mixes pairs of images, and {len(own)} of a batch are with each process; "
-            "make batch_size an even number for each of them"
+            f"{place}.batch_size {batch_size}: augment.mix mixes images in pairs, so each of {processes} processes "
+            f"needs an even number of them; make it a multiple of {2 * processes}, or augment.mix 0"
         )
 
 

@@ -101,7 +101,10 @@ class GspnBlock(Block):
         return out
 
     def _fuses(self) -> bool:
-        """Whether norm, mixer and residual may be one: nothing is trained, and nobody listens to what is between."""
+        """Whether norm, mixer and residual may be one: nothing is trained, and nobody listens to what is between.
+
+        A mixer whose weights are spread over processes (FSDP) is listened to: its hooks gather them.
+        """
         listened = any(part._forward_hooks for part in (self.norm1, self.attn, self.ls1))
         return not (torch.is_grad_enabled() or self.training or listened) and isinstance(self.norm1, nn.LayerNorm)
 

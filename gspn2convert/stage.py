@@ -20,12 +20,12 @@ import torch.distributed as dist
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
+from gspn2convert.fsdp import shard, whole
 from gspn2convert.graphs import Pass, record
 from gspn2convert.losses import relative_error, variance
 from gspn2convert.mixer import Gspn2Mixer
 from gspn2convert.model import Gspn2Vit
 from gspn2convert.recipe import Align
-from gspn2convert.shard import shard, whole
 from gspn2convert.taps import Taps
 from gspn2convert.vit import attention_sites, final_tokens, grid_size, layer_scale, num_prefix
 

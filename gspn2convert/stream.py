@@ -78,6 +78,10 @@ class Stream:
         self._begin, self._image, self._label = begin, image, label
         self._first: list[Row] = []
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out how to begin: workers get the images at hand and those handed to them, and read nothing."""
+        return self.__dict__ | {"_begin": None}
+
     def __len__(self) -> int:
         if not self._first:
             if self.keep(AT_HAND) == AT_HAND:
@@ -105,9 +109,12 @@ class Stream:
             self._first = list(itertools.islice(self.rows(), count))
         if not self._first:
             raise UserError(f"data {self.name}: the stream holds no images")
-        classes = {row.label for row in self._first}
-        if len(classes) == 1 < len(self.label_names or ()) <= len(self._first):
-            _log.warning("data %s: its first %d images are of one class; give a mixed stream", self.name, len(self))
+        classes, known = len({row.label for row in self._first}), len(self.label_names or ())
+        if 2 * classes < min(known, len(self._first)):
+            _log.warning(
+                "data %s: its first %d images are of %d of %d classes; give a mixed stream",
+                *(self.name, len(self._first), classes, known),
+            )
         return len(self._first)
 
     def rows(self, start: int = 0) -> Iterator[Row]:

@@ -21,11 +21,11 @@ from torch import Tensor
 
 from gspn2convert.checkpoint import CheckpointStore
 from gspn2convert.errors import UserError
+from gspn2convert.fsdp import part, whole
 from gspn2convert.interrupt import Interrupted, StopWish
 from gspn2convert.optim import Ema, learning_rate, load_optimizer, optimizer_tensors
 from gspn2convert.progress import Progress
 from gspn2convert.recipe import Align, Recover
-from gspn2convert.shard import part, whole
 from gspn2convert.stage import Objective
 
 logger = logging.getLogger(__name__)
@@ -74,7 +74,9 @@ def make_accelerator(device: str = "auto", precision: str = "fp32") -> Accelerat
     AcceleratorState._reset_state(reset_partial_state=not (dist.is_available() and dist.is_initialized()))
     # Unused are the adapters after their term has faded, and norms of a head that the student lacks.
     ddp = DistributedDataParallelKwargs(find_unused_parameters=True)
-    accelerator = Accelerator(cpu=device == "cpu", mixed_precision=PRECISIONS[precision], kwargs_handlers=[ddp])
+    # Where there is nothing else, processes must be told that they share the CPU's work, or each does all of it.
+    on_cpu = device == "cpu" or not torch.accelerator.is_available()
+    accelerator = Accelerator(cpu=on_cpu, mixed_precision=PRECISIONS[precision], kwargs_handlers=[ddp])
     if precision == "fp16" and accelerator.scaler is None:
         raise UserError(f"precision 'fp16' needs a GPU, not {accelerator.device.type}; use bf16 or fp32")
     return accelerator

@@ -1,11 +1,19 @@
 """Mixed training images, against mixing by hand."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from gspn2convert.data import own_share
+from gspn2convert.data import open_images, own_share
+from gspn2convert.distill import Options, distill
 from gspn2convert.errors import UserError
 from gspn2convert.mixing import check_pairs, mix, mix_batches
+from gspn2convert.recipe import Recover, load_recipe
+from gspn2convert.supply import Supply
+from gspn2convert.teachers import load_teacher
+from gspn2convert.train import make_accelerator
+from gspn2convert.vit import data_config
 
 IMAGES = torch.randn(6, 3, 10, 20, generator=torch.Generator().manual_seed(0)) + 0.5
 
@@ -69,6 +77,35 @@ def test_a_step_is_mixed_alike_by_any_number_of_processes_and_after_any_start():
 
 
 def test_pairs_stay_with_a_process():
-    check_pairs(own_share(8, 1, 2))
-    with pytest.raises(UserError, match="augment.mix mixes pairs of images, and 3 of a batch are with each process"):
-        check_pairs(own_share(6, 0, 2))
+    check_pairs("recipe.align", 8, 2)
+    with pytest.raises(
+        UserError, match="align.batch_size 6: .* each of 2 processes .* a multiple of 4, or augment.mix 0"
+    ):
+        check_pairs("recipe.align", 6, 2)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_training_sees_mixed_images(cached):
+    recipe, spec = load_recipe("demo"), Recover(steps=3, batch_size=8)
+    images, config = open_images("demo", "train", in_chans=1), data_config(load_teacher("demo"))
+
+    def training(share, first_step):
+        asked = replace(recipe, augment=replace(recipe.augment, mix=share))
+        supply = Supply(images, range(40), config, asked, make_accelerator("cpu"), workers=0, cached=cached)
+        return list(supply.training(spec, 5, first_step))
+
+    plain = training(0.0, 0)
+    expected = list(mix_batches(iter(plain), 0.6, 8, range(8), 5, 0))
+    assert not any(torch.equal(a, b) for a, b in zip(plain, expected, strict=True))
+    for start in (0, 2):
+        assert all(torch.equal(a, b) for a, b in zip(training(0.6, start), expected[start:], strict=True))
+
+
+def test_an_odd_batch_is_refused_before_anything_runs(tmp_path):
+    recipe = load_recipe("demo")
+    recipe = replace(
+        recipe, align=replace(recipe.align, batch_size=7), augment=replace(recipe.augment, mix=0.5), keep="none"
+    )
+    with pytest.raises(UserError, match="align.batch_size 7: .* a multiple of 2"):
+        distill("demo", recipe, "demo", Options(output=tmp_path / "out", device="cpu", quiet=True))
+    assert not (tmp_path / "out").exists()

@@ -104,7 +104,7 @@ def test_recover_terms_by_hand(pair):
         "patch": cosine[:, 3:].mean(),
         "smooth_l1": F.smooth_l1_loss(ours[:, 3:] / std, patches / std),
         "prefix_smooth_l1": F.smooth_l1_loss(
-            *(each[:, :3] / theirs[:, :3].std(0, correction=0) for each in (ours, theirs))
+            *(each[:, :3] / torch.maximum(theirs[:, :3].std(0, correction=0), 0.1 * std) for each in (ours, theirs))
         ),
         "logits": 4
         * F.kl_div(
@@ -212,7 +212,7 @@ def test_token_deviations_over_several_batches(pair):
     with torch.no_grad():
         tokens = teacher.forward_features(IMAGES).double()
     patches = tokens[:, 3:].flatten(0, 1).std(0, correction=0)
-    expected = torch.cat([tokens[:, :3].std(0, correction=0), patches[None]])
+    expected = torch.cat([torch.maximum(tokens[:, :3].std(0, correction=0), 0.1 * patches), patches[None]])
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
 
 
@@ -221,10 +221,16 @@ def test_a_channel_that_never_varies_does_not_divide_by_zero(pair):
     with torch.no_grad():
         teacher.norm.weight[5] = 0
         found = deviations(teacher, IMAGES)
-        for row in found:
-            assert row[5].item() == pytest.approx(torch.cat([row[:5], row[6:]]).sum().item() / 32, rel=1e-4)
+        patches = found[-1]
+        assert patches[5].item() == pytest.approx(torch.cat([patches[:5], patches[6:]]).sum().item() / 32, rel=1e-4)
         terms = RecoverStage(student, teacher, LOSSES, found)(IMAGES, 0.0)
     assert torch.isfinite(terms["smooth_l1"] + terms["prefix_smooth_l1"])
+
+
+def test_prefix_tokens_of_one_image_count_in_tenths_of_the_patches_deviations(pair):
+    """They do not vary at all."""
+    found = deviations(pair[1], IMAGES[:1])
+    torch.testing.assert_close(found[:-1], (0.1 * found[-1]).expand(3, -1))
 
 
 def test_stages_run_the_student_without_dropout(pair):

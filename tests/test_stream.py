@@ -5,6 +5,7 @@ import http.server
 import io
 import json
 import logging
+import pickle
 import signal
 import sys
 import tarfile
@@ -104,6 +105,14 @@ def train(images, **changes) -> list[torch.Tensor]:
     return list(train_batches(images, CONFIG, indices=indices, **options | changes))
 
 
+def test_workers_that_are_not_forked_can_have_a_stream(make_stream):
+    """Where workers are spawned the set is pickled; they read none of the stream by themselves."""
+    images = make_stream()
+    split_images(images, FEW)
+    sent = pickle.loads(pickle.dumps(images))
+    assert np.array_equal(*(np.asarray(each.image(2)[0]) for each in (images, sent)))
+
+
 def numbers_of(views: list[torch.Tensor], count: int) -> list[int]:
     """Which pictures some views without augmentation are of."""
     mean, std = (torch.tensor(CONFIG[key]).view(3, 1, 1) for key in ("mean", "std"))
@@ -137,9 +146,9 @@ def test_a_folder_of_images_streams_as_parquet_does(make_stream, tmp_path, caplo
     assert len(images) == 31
     assert images.label_names == CLASSES
     assert [images.image(index)[1] for index in (0, 11, 12, 30)] == [0, 0, 1, 2]
-    assert "of one class" not in caplog.text
+    assert "classes; give a mixed" not in caplog.text
     assert open_images(f"hfids/files:{tmp_path / 'files'}", "train").stream.keep(12) == 12
-    assert "its first 12 images are of one class; give a mixed stream" in caplog.text
+    assert "its first 12 images are of 1 of 3 classes; give a mixed stream" in caplog.text
     for workers in (0, 2):
         ours, theirs = (torch.stack(train(one, workers=workers)) for one in (images, make_stream()))
         assert torch.equal(ours, theirs)
@@ -346,9 +355,14 @@ def test_shards_are_streamed_from_a_url(tmp_path) -> None:
 
 
 def test_ranges_in_urls_are_written_out() -> None:
-    assert expand("https://h/{a,b}/x.tar") == ["https://h/{a,b}/x.tar"]
+    assert expand("https://h/x.tar") == ["https://h/x.tar"]
     assert expand("h/{09..11}.tar") == ["h/09.tar", "h/10.tar", "h/11.tar"]
     assert expand("{0..1}/{5..6}") == ["0/5", "0/6", "1/5", "1/6"]
+    for wrong in ("h/{a,b}.tar", "h/{0..x}.tar", "h/{0..2", "h/{0..1}-{}.tar"):
+        with pytest.raises(UserError, match=r"expected a range of shards as \{000..099\}, or no braces"):
+            expand(wrong)
+    with pytest.raises(UserError, match=r"the range \{2..0\} counts down; write \{0..2\}"):
+        expand("h/x-{2..0}.tar")
 
 
 # Mistakes

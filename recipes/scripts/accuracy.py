@@ -97,7 +97,7 @@ def convert(row: Row, recipe: Recipe, teacher: VisionTransformer, arguments: arg
     given = None if row.start is None else row.start(teacher, recipe, images)
     if row.after is not None:
         given = gspn2convert.load(folder_of(row.after, recipe, arguments), img_size=teacher.patch_embed.img_size)
-    folder = folder_of(arguments.row, recipe, arguments)
+    folder = folder_of(arguments.label or arguments.row, recipe, arguments)
     options = Options(
         output=folder,
         stages=row.stages,
@@ -186,7 +186,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--rows", default="pure", help=f"some of {', '.join(ROWS)} [%(default)s]")
     parser.add_argument("--seeds", default="0", help="[%(default)s]")
     parser.add_argument("--recipe", help="name or file, in place of the setting's")
-    parser.add_argument("--label", help="name of the one row in the results file [the row's]")
+    parser.add_argument("--label", help="another name for the one row, in the results file and of its folder")
     parser.add_argument("--steps", type=int, help="of stage 2, in place of the recipe's")
     parser.add_argument("--workers", type=int, default=8, help="processes that read images [%(default)s]")
     parser.add_argument("--precision", default="bf16", help="as for gspn2convert distill [%(default)s]")
@@ -205,6 +205,8 @@ def main() -> None:
     if unknown:
         known = "\n".join(f"{name}: {row.what}" for name, row in ROWS.items())
         sys.exit(f"unknown rows {', '.join(unknown)}; known are:\n{known}")
+    if arguments.label and "," in arguments.rows:
+        sys.exit(f"--label {arguments.label} names one row, and --rows has {arguments.rows}")
     for name in arguments.rows.split(","):
         for seed in map(int, arguments.seeds.split(",")):
             arguments.row, row = name, ROWS[name]

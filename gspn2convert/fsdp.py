@@ -38,7 +38,7 @@ def shard(module: nn.Module, vits: Iterable[VisionTransformer], device: torch.de
             if isinstance(site, Gspn2Mixer):
                 fully_shard(site, mesh=mesh)
             fully_shard(block, mesh=mesh)
-        # Said, for what is called first would otherwise stay gathered, and not see that its weights change.
+        # By default the model that is called first would stay gathered, and not see that its weights change.
         fully_shard(vit, mesh=mesh, reshard_after_forward=True)
         for name in PASSES:
             register_fsdp_forward_method(vit, name)
@@ -85,9 +85,11 @@ def lend(
     for model in models:
         model.cpu()
     learner = copy.deepcopy(student)
-    yield learner, copy.deepcopy(taught)
-    weights = student.state_dict()
-    for name, value in learner.state_dict().items():
-        weights[name].copy_(whole(value))
-    for model in models:
-        model.to(device)
+    try:
+        yield learner, copy.deepcopy(taught)
+        weights = student.state_dict()
+        for name, value in learner.state_dict().items():
+            weights[name].copy_(whole(value))
+    finally:
+        for model in models:
+            model.to(device)

@@ -24,13 +24,13 @@ from safetensors.torch import load_file, save_file
 from gspn2convert.checkpoint import FILE_NAME
 from gspn2convert.distill import Options, distill_student
 from gspn2convert.errors import UserError
+from gspn2convert.fsdp import whole
 from gspn2convert.images import ImageSet
 from gspn2convert.interrupt import Interrupted
 from gspn2convert.losses import token_deviations
 from gspn2convert.model import build_student
 from gspn2convert.recipe import Mixer, RecoverLosses, parse_recipe
 from gspn2convert.recover import RecoverStage
-from gspn2convert.shard import whole
 from gspn2convert.stage import AlignStage
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -46,6 +46,8 @@ eval_every: 2
 held_out: 8
 """
 KEPT = (1,)
+# Of itself a run has to find that there is nothing but CPUs, and that its processes share them.
+DEVICE = "cpu" if torch.accelerator.is_available() else "auto"
 
 
 def make_teacher():
@@ -88,7 +90,7 @@ class Pictures:
 def convert(folder, *, terminate_at_read=None, **options):
     """A whole conversion."""
     images = ImageSet("pictures", Pictures(40, 0, terminate_at_read))
-    how = Options(output=folder, device="cpu", quiet=True, **options)
+    how = Options(output=folder, device=DEVICE, quiet=True, **options)
     test = ImageSet("test", Pictures(8, 1))
     return distill_student(
         make_teacher(), parse_recipe(RECIPE, "test"), images, test, how, teacher_name="tiny", keep=KEPT
