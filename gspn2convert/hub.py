@@ -84,7 +84,8 @@ def image_and_label(datasets: Any, features: dict[str, Any] | None, data: str) -
     image = next((key for key, kind in features.items() if isinstance(kind, datasets.Image)), None)
     label = next((key for key, kind in features.items() if isinstance(kind, datasets.ClassLabel)), None)
     if image is None:
-        raise UserError(f"data {data}: no column of images among {', '.join(features) or 'its columns'}")
+        found = ", ".join(features) or "its columns"
+        raise UserError(f"data {data}: no column of images among {found}; expected one of the type Image")
     return image, label
 
 

@@ -108,7 +108,7 @@ class Stream:
         if len(self._first) < count:
             self._first = list(itertools.islice(self.rows(), count))
         if not self._first:
-            raise UserError(f"data {self.name}: the stream holds no images")
+            raise UserError(f"data {self.name}: the stream holds no images; expected at least two")
         classes, known = len({row.label for row in self._first}), len(self.label_names or ())
         if 2 * classes < min(known, len(self._first)):
             _log.warning(

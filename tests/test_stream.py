@@ -380,7 +380,7 @@ def test_mistakes_are_told_in_one_line(tmp_path, monkeypatch) -> None:
     said = {
         f"hfids/pets:{tmp_path / 'missing'}": "no such folder; expected parquet files or images",
         f"hfids/pets:{tmp_path / 'nothing'}": "cannot be opened: .*",
-        f"hfids/pets:{tmp_path / 'texts'}": "no column of images among title, kind$",
+        f"hfids/pets:{tmp_path / 'texts'}": "no column of images among title, kind; expected one of the type Image$",
         f"hfids/pets:{tmp_path / 'empty'}": r"cannot be read at image 0 \(.*\)$",
         f"hfids/pets:{tmp_path / 'single'}": "the data hold 1 image; at least 2 are needed",
         "hfids/nobody/no_such_pets": "^data hfids/nobody/no_such_pets: cannot be opened: .*",
@@ -395,7 +395,7 @@ def test_mistakes_are_told_in_one_line(tmp_path, monkeypatch) -> None:
 
 def test_a_stream_without_images_is_an_error() -> None:
     stream = Stream("pets", lambda: datasets.IterableDataset.from_generator(lambda: iter(())), "picture", None, None)
-    with pytest.raises(UserError, match="^data pets: the stream holds no images$"):
+    with pytest.raises(UserError, match="^data pets: the stream holds no images; expected at least two$"):
         stream.keep(3)
 
 
