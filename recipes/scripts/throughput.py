@@ -31,7 +31,7 @@ from gspn2convert.recover import RecoverStage
 from gspn2convert.stage import frozen_tokens
 from gspn2convert.teachers import load_teacher
 from gspn2convert.train import make_accelerator
-from gspn2convert.vit import data_config
+from gspn2convert.vit import data_config, num_prefix
 
 STORED = 448  # side of the images
 COUNT = 512
@@ -137,8 +137,8 @@ def main() -> None:
     recipe, accelerator = load_recipe(SETTINGS["dinov2"]), make_accelerator("cuda", "bf16")
     teacher = load_teacher(arguments.teacher, img_size=recipe.size, pretrained=False).to(accelerator.device)
     student = build_student(teacher, range(len(teacher.blocks)), recipe.mixer.resolve(teacher.embed_dim))
-    moments = (torch.zeros(teacher.embed_dim), torch.ones(teacher.embed_dim))
-    objective = RecoverStage(student, teacher.bfloat16(), recipe.recover.losses, moments).to(accelerator.device)
+    deviations = torch.ones(num_prefix(teacher) + 1, teacher.embed_dim)
+    objective = RecoverStage(student, teacher.bfloat16(), recipe.recover.losses, deviations).to(accelerator.device)
     cache = noise(data_config(teacher), recipe, accelerator.device)
     world = accelerator.num_processes
     batches = cache.batches(
