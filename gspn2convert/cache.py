@@ -24,7 +24,7 @@ from gspn2convert.data import ImageSet, load, once, own_share, training_order
 from gspn2convert.errors import UserError
 from gspn2convert.images import UnreadableImage
 from gspn2convert.recipe import Augment
-from gspn2convert.views import Views, channel_moments, generator
+from gspn2convert.views import Views, channel_moments, own_draws
 
 # Of the free memory, for training needs some too.
 SHARE_OF_MEMORY = 0.6
@@ -119,8 +119,8 @@ class ImageCache:
         device = self.pixels.device
         for step, keys in enumerate(order, first_step):
             places = torch.tensor([position for _, position in keys], device=device)
-            draws = torch.rand(batch_size, 8, generator=generator(seed, "views", step))
-            yield self.view(places, draws[own.start : own.stop].to(device, non_blocking=True))
+            drawn = own_draws(batch_size, 8, own, seed, "views", step)
+            yield self.view(places, drawn.to(device, non_blocking=True))
 
     def view(self, places: Tensor, draws: Tensor) -> Tensor:
         """Make views.

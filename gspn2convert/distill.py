@@ -140,9 +140,9 @@ def _check_processes(recipe: Recipe, options: Options, processes: int) -> None:
             "--shard spreads the models over several processes, and this is the only one; start more, by "
             "`accelerate launch -m gspn2convert distill ...` or torchrun, or leave --shard out"
         )
-    for _, spec, _ in trained(recipe, options.stages):
-        own_share(spec.batch_size if spec.steps else 0, 0, processes)
-        if recipe.augment.mix and spec.steps:
+    for spec in (spec for _, spec, _ in trained(recipe, options.stages) if spec.steps):
+        own_share(spec.batch_size, 0, processes)
+        if recipe.augment.mix:
             check_pairs(spec.place, spec.batch_size, processes)
 
 

@@ -74,7 +74,11 @@ def expand(pattern: str) -> list[str]:
     return [one for number in numbers for one in expand(f"{before}{number:0{len(first)}}{after}")]
 
 
-def image_and_label(datasets: Any, features: dict[str, Any] | None, data: str) -> tuple[str, str | None]:  # noqa: ANN401
+def image_and_label(
+    datasets: Any,  # noqa: ANN401 - a module
+    features: dict[str, Any] | None,
+    data: str,
+) -> tuple[str, str | None]:
     """Find the columns of images and of labels with names, None without the latter.
 
     Raises:
@@ -89,7 +93,7 @@ def image_and_label(datasets: Any, features: dict[str, Any] | None, data: str) -
     return image, label
 
 
-def _stream(data: str, split: str, path: str, **how: Any) -> Stream:  # noqa: ANN401
+def _stream(data: str, split: str, path: str, **how: Any) -> Stream:
     datasets = import_datasets(data)
     try:
         builder = datasets.load_dataset_builder(path, **how)
@@ -102,7 +106,7 @@ def _stream(data: str, split: str, path: str, **how: Any) -> Stream:  # noqa: AN
     except Exception as error:  # its errors are of many kinds; all mean that the data cannot be had
         raise UserError(f"data {data}: cannot be opened: {' '.join(str(error).split())}") from error
 
-    def begin() -> Any:  # noqa: ANN401
+    def begin() -> Any:  # noqa: ANN401 - of a package that need not be there
         """Start anew: passes over one object would disturb each other."""
         dataset = builder.as_streaming_dataset(split=found).select_columns([image, label] if label else [image])
         return dataset.cast_column(image, datasets.Image(decode=False))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gspn2convert.errors import UserError
-from gspn2convert.views import generator
+from gspn2convert.views import own_draws
 
 
 def mix_batches(
@@ -31,8 +31,8 @@ def mix_batches(
         first_step: number of the first step.
     """
     for step, images in enumerate(batches, first_step):
-        draws = torch.rand(batch_size, 5, generator=generator(seed, "mix", step))
-        yield mix(images, draws[own.start : own.stop].to(images.device, non_blocking=True), share)
+        drawn = own_draws(batch_size, 5, own, seed, "mix", step)
+        yield mix(images, drawn.to(images.device, non_blocking=True), share)
 
 
 def check_pairs(place: str, batch_size: int, processes: int) -> None:

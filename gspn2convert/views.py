@@ -117,6 +117,11 @@ def generator(*key: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(_number(*key))
 
 
+def own_draws(batch_size: int, count: int, own: range, *key: int | str) -> Tensor:
+    """Random numbers (B, count) from 0 to 1 for a process's own places in a batch of all processes together."""
+    return torch.rand(batch_size, count, generator=generator(*key))[own.start : own.stop]
+
+
 @contextmanager
 def _seeded(*key: int) -> Iterator[None]:
     """Seed the global generators that timm's transforms draw from, and put them back afterwards."""

@@ -9,7 +9,7 @@ from timm.models import VisionTransformer
 from torch import Tensor, nn
 
 from gspn2convert.convert import convert
-from gspn2convert.data import ImageSet, batches, split_held_out
+from gspn2convert.data import ImageSet, batches, split_images
 from gspn2convert.images import spread
 from gspn2convert.mixer import Gspn2Mixer
 from gspn2convert.model import Gspn2Vit, build_student
@@ -19,7 +19,7 @@ from gspn2convert.vit import attention_sites, data_config
 
 def without_scan(teacher: VisionTransformer, recipe: Recipe, images: ImageSet) -> Gspn2Vit:
     """Fit a student as stage 0 does, then switch the scan's output off for good: its merge is 0 and stays 0."""
-    train, unseen = split_held_out(len(images), recipe.held_out, recipe.seed)
+    train, unseen = split_images(images, recipe)
     on_gpu = teacher.to("cuda" if torch.cuda.is_available() else "cpu")
     chosen = spread(train, recipe.fit.images), spread(unseen, recipe.fit.held_out)
     calibration, held_out = ((pixels for pixels, _ in _plain(images, teacher, each, recipe)) for each in chosen)
