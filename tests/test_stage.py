@@ -259,7 +259,8 @@ def test_a_teacher_runs_in_its_own_dtype_under_autocast(make_pair, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_cuda_graphs_give_what_the_pass_gives(make_pair, dtype):
     student, teacher = (model.cuda() for model in make_pair())
-    stage = RecoverStage(student, teacher.to(dtype), LOSSES, deviations(teacher, IMAGES.cuda())).cuda()
+    spread = deviations(teacher, IMAGES.cuda())
+    stage = RecoverStage(student, teacher.to(dtype), LOSSES, spread).cuda()
 
     def gradients(terms):
         stage.zero_grad()
