@@ -24,6 +24,7 @@ from gspn2convert import __version__, onnx_graph
 from gspn2convert.artifact import write_atomic
 from gspn2convert.errors import UserError
 from gspn2convert.mixer import Gspn2Mixer
+from gspn2convert.patches import make_patches_a_product
 from gspn2convert.position import make_resampling_portable
 from gspn2convert.vit import grid_size, has_head, public_cfg
 
@@ -213,6 +214,7 @@ def _static_sizes(model: VisionTransformer, shape: tuple[int, int, int, int]) ->
 def _translate(model: VisionTransformer, example: Tensor, sizes: _Sizes, output: str) -> onnx_ir.Model:
     """Translate the export's own copy of a student, whose position embedding then resamples portably."""
     make_resampling_portable(model)
+    make_patches_a_product(model)
     graph = onnx_graph.translate(model, example, free=sizes.free(), input_name=INPUT, output_name=output)
     assert onnx_graph.count_line_scans(graph) == sum(isinstance(module, Gspn2Mixer) for module in model.modules())
     assert not onnx_graph.count_nodes(graph, "Resize")

@@ -155,8 +155,11 @@ class Gspn2Mixer(nn.Module):
     def scan(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """The four scans (B, H, W, 4, R) of tokens (B, N, C), each times its gate.
 
-        Projections take the prefix tokens along: to leave them out first would copy all the others.
+        Projections take the prefix tokens along: to leave them out first would copy all the others. In an ONNX graph
+        every slice is a copy, and the LPU needs this one.
         """
+        if torch.compiler.is_exporting():
+            x = x[:, x.shape[1] - grid[0] * grid[1] :]
         latent = self.down(x)
         source = latent if self.from_latent else x
         weight, bias = self.control.weight, self.control.bias
@@ -178,5 +181,5 @@ class Gspn2Mixer(nn.Module):
         """
         # Symbolic while a model is exported with dynamic sizes.
         lines: list[Any] = [torch.sym_min(self.segment, size) if self.segment else size for size in (height, width)]
-        vertical, horizontal = self.proj.weight.chunk(2, 1)
-        return torch.cat([vertical / lines[0], horizontal / lines[1]], 1)
+        weight = self.proj.weight
+        return weight / torch.cat([weight.new_full((weight.shape[1] // 2,), number) for number in lines])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import logging
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,7 +44,8 @@ def translate(
     from onnx_ir import serde
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
-    with _quiet():
+    # Without gradients, as it will run: norm, mixer and residual in few passes.
+    with _quiet(), torch.no_grad():
         program = torch.onnx.export(
             model,
             (example,),
@@ -57,6 +59,7 @@ def translate(
         )
     assert program is not None
     graph = program.model
+    _fold(graph)
     graph.ir_version = IR_VERSION
     _name_nodes(graph, {name for name, _ in model.named_modules()})
     ClearMetadataAndDocStringPass()(graph)
@@ -93,8 +96,26 @@ def save(graph: onnx_ir.Model, path: Path) -> None:
     onnx.checker.check_model(str(path), full_check=True)
 
 
+def _fold(graph: onnx_ir.Model) -> None:
+    """Compute now what depends on weights alone, as long as the file does not grow by it."""
+    from onnxscript.optimizer import fold_constants_ir
+
+    def shrinks(node: onnx_ir.Node) -> bool:
+        consumed = sum(_size(value) for value in node.inputs if value is not None and len(value.uses()) == 1)
+        return sum(map(_size, node.outputs)) <= consumed
+
+    largest = 2**31
+    fold_constants_ir(graph, input_size_limit=largest, output_size_limit=largest, should_fold=shrinks)
+
+
+def _size(value: onnx_ir.Value) -> float:
+    """Count the elements of a tensor; unknown is infinity."""
+    shape = value.shape
+    return math.prod(d if isinstance(d, int) else math.inf for d in shape) if shape is not None else math.inf
+
+
 def _name_nodes(graph: onnx_ir.Model, modules: set[str]) -> None:
-    """Put the path of its module before each node's name, as in `blocks.3.attn/line_scan_3`."""
+    """Put the path of its module before each node's name, as in `blocks.3/line_scan_3`."""
     for node in graph.graph:
         scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
         inner = next((scope for scope in reversed(scopes) if scope in modules), "")

@@ -63,7 +63,11 @@ class PrefixRead(nn.Module):
         """
         if not self.exact and self.log_sum is None:
             return self._read(x, prefix, None), None, None
-        query, key, value = self.qkv(x[:, :prefix]).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)
+        # As rows of a matrix: an ONNX graph multiplies those by a weight as it is, and transposes it for others.
+        projected = self.qkv(x[:, :prefix].flatten(0, 1))
+        query, key, value = (
+            projected.unflatten(0, (-1, prefix)).unflatten(2, (3, self.num_heads, self.head_dim)).unbind(2)
+        )
         folds = isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity)
         read, gate = self._folded_scores(x, query, key) if folds else self._scores(x, query)
         out = self._read(x, prefix, read)
@@ -73,8 +77,9 @@ class PrefixRead(nn.Module):
         share = gate.softmax(2, dtype=torch.float32).to(x.dtype).flatten(2)
         weight = self.proj.weight.view(-1, self.num_heads, self.head_dim)
         # The mass of the patches brings nothing.
-        values = F.pad(torch.einsum("bphd,chd->bphc", value, weight), (0, 0, 0, 0, 0, 1))
-        return out, share, values.flatten(1, 2)
+        values = torch.einsum("bphd,chd->bphc", value, weight)
+        nothing = values.new_zeros(values.shape[0], 1, *values.shape[2:])
+        return out, share, torch.cat([values, nothing], 1).flatten(1, 2)
 
     def log_sum_exp(self, x: Tensor, prefix: int) -> Tensor:
         """The true log-sum-exp of each patch's attention scores over all patches, which the gate predicts.
@@ -148,7 +153,7 @@ class PrefixRead(nn.Module):
         read = torch.einsum("bphc,hdc->bphd", pooled, weight[2])
         if bias is not None:
             read = read + bias[2]
-        out: Tensor = self.proj(read.flatten(2))
+        out: Tensor = self.proj(read.flatten(2).flatten(0, 1)).unflatten(0, (-1, prefix))
         return out
 
     def _weights(self) -> tuple[Tensor, Tensor | None]:

@@ -17,7 +17,7 @@ from gspn2_kernels.build import has_cuda, library_path
 from gspn2_kernels.testing import assert_close
 from gspn2convert import session as module
 from gspn2convert.errors import UserError
-from gspn2convert.session import BODY, CPU, CUDA, KERNEL, OnnxSession, onnx_session, pick_providers
+from gspn2convert.session import BODY, CPU, CUDA, KERNEL, OnnxSession, onnx_session, pick_providers, settings
 
 built = pytest.mark.skipif(library_path() is None, reason="needs the library: gspn2convert build-ops")
 
@@ -177,6 +177,16 @@ def test_other_image_models_run_too(tmp_path):
 def test_models_of_anything_else_are_refused(tmp_path, shape, dtype):
     with pytest.raises(UserError, match=r"no image model; it takes x: .*, expected one fp32 or fp16 tensor"):
         onnx_session(other_model(tmp_path / "other.onnx", shape, dtype), library=False)
+
+
+@pytest.mark.parametrize(("version", "nhwc"), [("1.18.1", False), ("1.20.0", True), ("2.0", True)])
+def test_cuda_gets_settings_of_its_own_and_the_cpu_none(version, nhwc):
+    assert settings([CPU], version) == {"providers": [CPU]}
+    found = settings([CUDA, CPU], version)
+    (name, options), last = found["providers"]
+    assert (name, last) == (CUDA, CPU)
+    assert ("prefer_nhwc" in options) == nhwc
+    assert found["disabled_optimizers"] == ["MatMulAddFusion"]
 
 
 def test_providers_are_picked_by_short_or_full_names():

@@ -12,6 +12,7 @@ from timing import Call, measure
 from torch import Tensor
 
 from gspn2_kernels import onnx_op
+from gspn2convert.session import CPU, CUDA, settings
 
 Row = dict[str, Any]
 
@@ -82,12 +83,16 @@ class Bound:
         options.log_severity_level = 3
         if optimized is not None:
             options.optimized_model_filepath = str(optimized)
-        provider = _provider(device, graph)
+        provider = CUDA if device.type == "cuda" else CPU
         if library and not onnx_op.register(options, [provider]):
             raise RuntimeError("the library does not fit this ONNX Runtime, or has no CUDA kernels")
-        self._session = onnxruntime.InferenceSession(path, options, providers=[provider])
-        if self._session.get_providers()[0] != provider[0]:
-            raise RuntimeError(f"{provider[0]} did not start")
+        chosen = settings([provider], onnxruntime.__version__)
+        if provider == CUDA:
+            ((name, tuned),) = chosen["providers"]
+            chosen["providers"] = [(name, {**tuned, **_bound_options(device, graph)})]
+        self._session = onnxruntime.InferenceSession(path, options, **chosen)
+        if self._session.get_providers()[0] != provider:
+            raise RuntimeError(f"{provider} did not start")
         self._tensors = inputs, outputs  # bound by their addresses
         self._binding = self._session.io_binding()
         for names, bind in ((inputs, self._binding.bind_input), (outputs, self._binding.bind_output)):
@@ -102,17 +107,12 @@ class Bound:
         self._session.run_with_iobinding(self._binding, self._options)
 
 
-def _provider(device: torch.device, graph: bool) -> tuple[str, dict[str, Any]]:
-    if device.type != "cuda":
-        return "CPUExecutionProvider", {}
-    options = {
+def _bound_options(device: torch.device, graph: bool) -> dict[str, Any]:
+    return {
         "device_id": 0,
         "user_compute_stream": str(torch.cuda.current_stream(device).cuda_stream),
         "enable_cuda_graph": str(int(graph)),
-        # A search by stopwatch would pick another convolution, and other bits, in each session.
-        "cudnn_conv_algo_search": "HEURISTIC",
     }
-    return "CUDAExecutionProvider", options
 
 
 def memcpy_nodes(path: Path) -> dict[str, Any]:

@@ -79,6 +79,18 @@ def test_kernel_is_the_sum(shape, dtype: torch.dtype) -> None:
     assert_close("out", reference(drawn), out, None if dtype == torch.float32 else 2 * TOLERANCES[dtype])
 
 
+class Merge(torch.nn.Module):
+    forward = staticmethod(merge)
+
+
+@pytest.mark.parametrize("missing", [(), ("share", "values")], ids=["all", "no share"])
+@pytest.mark.parametrize("shape", CASES)
+def test_an_export_gives_the_sum(shape, missing: tuple[str, ...]) -> None:
+    drawn = draw(shape, torch.float32) | dict.fromkeys(missing)
+    program = torch.export.export(Merge(), tuple(drawn.values()))
+    assert_close("out", reference(drawn), program.module()(*drawn.values()))
+
+
 PARTS = ("filters", "share", "values", "gamma")
 
 

@@ -58,7 +58,7 @@ def check(inputs: tuple, prefix: int, actual: tuple[Tensor, ...], tolerance: flo
         assert out.dtype == x.dtype
         assert out.is_contiguous()
     assert_close("a", reference(*inputs, prefix)[0], a, tolerance)
-    assert_close("mean", a[:, prefix:].double().sum(1) / max(1, a.shape[1] - prefix), mean)
+    assert_close("mean", a[:, prefix:].double().sum(1) / max(1, a.shape[1] - prefix), mean, tolerance)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -77,6 +77,26 @@ def test_kernel_is_norm_and_mean(shape, prefix: int, dtype: torch.dtype) -> None
 def test_variance_is_that_of_differences(dtype: torch.dtype, shift: float, tolerance: float | None) -> None:
     inputs = draw((2, 17, 192), dtype, shift=shift)
     check(inputs, 1, kernels.forward(*inputs, 1), tolerance)
+
+
+class Norm(torch.nn.Module):
+    forward = staticmethod(norm_mean)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("shape", "prefix"), [*CASES, ((2, 3, 24), 3)])
+def test_an_export_gives_norm_and_mean(shape, prefix: int, dtype: torch.dtype) -> None:
+    check_export(draw(shape, dtype), prefix)
+
+
+def test_an_export_sums_as_many_tokens_as_fp16_cannot_count() -> None:
+    check_export(draw((1, 70_001, 3), torch.float16), 1)
+
+
+def check_export(inputs: tuple, prefix: int) -> None:
+    program = torch.export.export(Norm(), (*inputs, prefix))
+    # The product rounds a sum, and then the mean.
+    check(inputs, prefix, program.module()(*inputs, prefix), 2 * TOLERANCES[inputs[0].dtype])
 
 
 @pytest.mark.parametrize("missing", [(1,), (2,), (1, 2)], ids=["no weight", "no bias", "neither"])
