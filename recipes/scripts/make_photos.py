@@ -19,7 +19,6 @@ to train on; none is a test image. The same arguments give the same files.
 
 import argparse
 import hashlib
-import itertools
 import json
 import math
 import random
@@ -36,7 +35,7 @@ from make_demo_data import read_split
 from PIL import Image
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
-SHORTEST = 480  # pixels of the short side
+SHORTEST, SHORTEST_MORE = 480, 400  # pixels of the short side; of pictures that are only trained on
 # A step in brightness below this is none, and a picture that has so few others is a gradient or a plain surface.
 FLAT_STEP, FLAT_SHARE = 1.5, 0.75
 COPY_BITS = 28  # of 256 that differ at most in the fingerprints of two copies
@@ -70,12 +69,12 @@ def cut_fingerprints(grey: Image.Image, shape: float) -> set[int]:
     return {each for each in looks if 64 < each.bit_count() < 192}
 
 
-def examine(path: Path) -> Picture | None:
+def examine(path: Path, shortest: int) -> Picture | None:
     """Look at a file; None for what is small, nearly flat, or no picture."""
     try:
         with Image.open(path) as image:
             width, height = image.size
-            if min(width, height) < SHORTEST:
+            if min(width, height) < shortest:
                 return None
             image.draft("RGB", (512, 512))
             grey = image.convert("L")
@@ -88,17 +87,55 @@ def examine(path: Path) -> Picture | None:
     return Picture(path, hashlib.sha256(path.read_bytes()).hexdigest(), width * height, looks)
 
 
-def are_copies(one: Picture, other: Picture) -> bool:
-    """Tell whether two pictures are the same but for size, compression, and edges that were cut off."""
-    pairs = (pair for views in zip(one.looks, other.looks, strict=True) for pair in itertools.product(*views))
-    return any((a ^ b).bit_count() <= COPY_BITS for a, b in pairs)
+class Fingerprints:
+    """A growing set of fingerprints, in words of 64 bits."""
+
+    def __init__(self) -> None:
+        self.count, self.words = 0, np.empty((1024, 4), np.uint64)
+
+    def add(self, looks: set[int]) -> None:
+        """Add some."""
+        for look in looks:
+            if self.count == len(self.words):
+                self.words = np.concatenate([self.words, np.empty_like(self.words)])
+            self.words[self.count] = as_words(look)
+            self.count += 1
+
+    def has_near(self, looks: set[int]) -> bool:
+        """Tell whether one is within `COPY_BITS` of one of these."""
+        words = self.words[: self.count]
+        return any((np.bitwise_count(words ^ as_words(look)).sum(1) <= COPY_BITS).any() for look in looks)
+
+
+def as_words(look: int) -> np.ndarray:
+    """Return a fingerprint as four words."""
+    return np.frombuffer(look.to_bytes(32, "big"), np.uint64)
+
+
+class Album:
+    """Pictures that differ from one another by more than size, compression, and edges that were cut off."""
+
+    def __init__(self) -> None:
+        self.looks = [Fingerprints() for _ in (None, *SHAPES)]  # of whole pictures, and of those cut to each shape
+
+    def add(self, picture: Picture) -> None:
+        """Take a picture in, whatever it shows."""
+        for kept, looks in zip(self.looks, picture.looks, strict=True):
+            kept.add(looks)
+
+    def shows(self, picture: Picture) -> bool:
+        """Tell whether the album has a copy of a picture."""
+        return any(kept.has_near(looks) for kept, looks in zip(self.looks, picture.looks, strict=True))
 
 
 def distinct(pictures: list[Picture], known: list[Picture]) -> list[Picture]:
     """Leave out copies, in other sizes or crops, of what is known and of one another; of several the largest stays."""
-    kept: list[Picture] = []
+    album, kept = Album(), []
+    for picture in known:
+        album.add(picture)
     for picture in sorted(pictures, key=lambda each: (-each.pixels, each.digest)):
-        if not any(are_copies(picture, other) for other in (*known, *kept)):
+        if not album.shows(picture):
+            album.add(picture)
             kept.append(picture)
     return sorted(kept, key=lambda each: each.digest)
 
@@ -166,12 +203,14 @@ def main() -> None:
     paths = find(arguments.source, arguments.skip)
     more_paths = find(arguments.more, arguments.skip) if arguments.more else []
     with ProcessPoolExecutor(arguments.workers) as pool:
-        pictures = distinct([picture for picture in pool.map(examine, paths) if picture is not None], [])
+        found = pool.map(partial(examine, shortest=SHORTEST), paths)
+        pictures = distinct([picture for picture in found if picture is not None], [])
         if len(pictures) < TEST_EVERY:
             sys.exit(
                 f"{arguments.source} holds {len(pictures)} usable pictures among {len(paths)}; name another folder"
             )
-        more = distinct([picture for picture in pool.map(examine, more_paths) if picture is not None], pictures)
+        found = pool.map(partial(examine, shortest=SHORTEST_MORE), more_paths)
+        more = distinct([picture for picture in found if picture is not None], pictures)
         folders = {name: arguments.output / name for name in ("train", "test")}
         for folder in folders.values():
             folder.mkdir(parents=True, exist_ok=True)
