@@ -20,17 +20,10 @@ import numpy as np
 
 from gspn2convert.errors import UserError
 from gspn2convert.onnx_function import DOMAIN
+from gspn2convert.providers import CPU, CUDA, settings
 
-CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 OLDEST = (1, 18)
 KERNEL, BODY = "kernel of the library", "function body in the file"
-
-# Settings for CUDA, measured on an H100 with a converted ViT-B at 1024 px: with channels-last convolutions it takes 15
-# instead of 16 ms; and 12 where a Gemm does not add the biases, which it would first copy to every row. A stopwatch's
-# choice of convolutions, made again for each size of images, is no faster than the rule of thumb.
-CUDA_OPTIONS = {"cudnn_conv_algo_search": "HEURISTIC", "prefer_nhwc": "1"}
-CUDA_DISABLED = ["MatMulAddFusion"]
-_NHWC_SINCE = (1, 20)
 
 _SUFFIX = "ExecutionProvider"
 _DTYPES = {"tensor(float)": ("fp32", np.float32), "tensor(float16)": ("fp16", np.float16)}
@@ -161,7 +154,8 @@ def onnx_session(
     if CUDA in wanted:
         _preload(runtime)
     registered = None if library is False else _register(options, wanted, insist=bool(library))
-    session = _open(runtime, path, options, wanted)
+    static = CUDA in wanted and _is_static(runtime, path)
+    session = _open(runtime, path, options, settings(wanted, runtime.__version__, static=static))
     if wanted[0] not in session.get_providers():
         message = (
             f"{wanted[0]} did not start; ONNX Runtime's message above says why, often a library of CUDA is missing"
@@ -170,21 +164,6 @@ def onnx_session(
             raise UserError(message)
         _log.warning("%s; %s runs instead", message, session.get_providers()[0])
     return OnnxSession(path, session, version=runtime.__version__, library=registered)
-
-
-def settings(providers: Sequence[str], version: str) -> dict[str, Any]:
-    """What an `InferenceSession` is best made with, as its keyword arguments.
-
-    Args:
-        providers: ONNX Runtime's own names.
-        version: of ONNX Runtime.
-    """
-    if CUDA not in providers:
-        return {"providers": list(providers)}
-    nhwc = tuple(map(int, version.split(".")[:2])) >= _NHWC_SINCE
-    options = {name: value for name, value in CUDA_OPTIONS.items() if nhwc or name != "prefer_nhwc"}
-    chosen = [(name, options) if name == CUDA else name for name in providers]
-    return {"providers": chosen, "disabled_optimizers": CUDA_DISABLED}
 
 
 def pick_providers(available: Sequence[str], asked: Sequence[str] | None) -> list[str]:
@@ -265,9 +244,18 @@ def _register(options: Any, providers: Sequence[str], *, insist: bool) -> Path |
     return path if done else None
 
 
-def _open(runtime: Any, path: Path, options: Any, providers: list[str]) -> Any:  # noqa: ANN401
+def _is_static(runtime: Any, path: Path) -> bool:  # noqa: ANN401
+    """Read the shapes of a file's inputs, by ONNX Runtime as it is: whatever it makes of the model is not used."""
+    options = runtime.SessionOptions()
+    options.log_severity_level = 3
+    options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    inputs = _open(runtime, path, options, {"providers": [CPU]}).get_inputs()
+    return all(isinstance(size, int) for one in inputs for size in one.shape)
+
+
+def _open(runtime: Any, path: Path, options: Any, arguments: dict[str, Any]) -> Any:  # noqa: ANN401
     try:
-        return runtime.InferenceSession(str(path), options, **settings(providers, runtime.__version__))
+        return runtime.InferenceSession(str(path), options, **arguments)
     except Exception as error:  # ONNX Runtime's errors have no class in common but this one
         said = " ".join(str(error).split())
         if "PROTOBUF" in said or "No graph was found" in said:

@@ -17,7 +17,8 @@ from gspn2_kernels.build import has_cuda, library_path
 from gspn2_kernels.testing import assert_close
 from gspn2convert import session as module
 from gspn2convert.errors import UserError
-from gspn2convert.session import BODY, CPU, CUDA, KERNEL, OnnxSession, onnx_session, pick_providers, settings
+from gspn2convert.providers import CPU, CUDA, settings
+from gspn2convert.session import BODY, KERNEL, OnnxSession, onnx_session, pick_providers
 
 built = pytest.mark.skipif(library_path() is None, reason="needs the library: gspn2convert build-ops")
 
@@ -179,14 +180,22 @@ def test_models_of_anything_else_are_refused(tmp_path, shape, dtype):
         onnx_session(other_model(tmp_path / "other.onnx", shape, dtype), library=False)
 
 
-@pytest.mark.parametrize(("version", "nhwc"), [("1.18.1", False), ("1.20.0", True), ("2.0", True)])
-def test_cuda_gets_settings_of_its_own_and_the_cpu_none(version, nhwc):
-    assert settings([CPU], version) == {"providers": [CPU]}
-    found = settings([CUDA, CPU], version)
+@pytest.mark.parametrize(
+    ("version", "static", "nhwc"),
+    [("1.18.1", True, False), ("1.20.0", True, True), ("2.0", True, True), ("2.0", False, False)],
+)
+def test_cuda_gets_settings_of_its_own_and_the_cpu_none(version, static, nhwc):
+    assert settings([CPU], version, static=static) == {"providers": [CPU]}
+    found = settings([CUDA, CPU], version, static=static)
     (name, options), last = found["providers"]
     assert (name, last) == (CUDA, CPU)
     assert ("prefer_nhwc" in options) == nhwc
     assert found["disabled_optimizers"] == ["MatMulAddFusion"]
+
+
+def test_a_file_of_one_shape_is_known_by_its_inputs(classifier, feature_model):
+    assert not module._is_static(onnxruntime, classifier.path)
+    assert module._is_static(onnxruntime, feature_model.path)
 
 
 def test_providers_are_picked_by_short_or_full_names():

@@ -12,7 +12,7 @@ from timing import Call, measure
 from torch import Tensor
 
 from gspn2_kernels import onnx_op
-from gspn2convert.session import CPU, CUDA, settings
+from gspn2convert.providers import CPU, CUDA, settings
 
 Row = dict[str, Any]
 
@@ -62,6 +62,7 @@ class Bound:
         outputs: dict[str, Tensor],
         *,
         library: bool,
+        static: bool = False,
         graph: bool = False,
         optimized: Path | None = None,
     ) -> None:
@@ -72,6 +73,7 @@ class Bound:
             inputs: Contiguous tensors by name, all on one device.
             outputs: Likewise.
             library: Whether LineScan runs in the library.
+            static: Whether the file takes inputs of one shape.
             graph: Whether ONNX Runtime captures a CUDA graph in the first call and replays it from then on.
             optimized: Where to write the graph as it runs.
 
@@ -86,7 +88,7 @@ class Bound:
         provider = CUDA if device.type == "cuda" else CPU
         if library and not onnx_op.register(options, [provider]):
             raise RuntimeError("the library does not fit this ONNX Runtime, or has no CUDA kernels")
-        chosen = settings([provider], onnxruntime.__version__)
+        chosen = settings([provider], onnxruntime.__version__, static=static)
         if provider == CUDA:
             ((name, tuned),) = chosen["providers"]
             chosen["providers"] = [(name, {**tuned, **_bound_options(device, graph)})]

@@ -91,7 +91,8 @@ class Models:
         """Open a session on one of the files."""
         path = self.student_file if which == "student" else self.teacher_file
         bound = {"image": self.images}, {"logits": self.logits}
-        return Bound(path, *bound, library=which == "student", graph=graph, optimized=optimized_file(path))
+        library = which == "student"
+        return Bound(path, *bound, library=library, static=True, graph=graph, optimized=optimized_file(path))
 
     def run(self, session: Bound) -> Tensor:
         """Run, and copy the result."""

@@ -15,7 +15,8 @@ from torch import Tensor
 from gspn2_kernels import line_scan_ref, onnx_op
 from gspn2_kernels.build import BuildError, build, has_cuda, library_path
 from gspn2_kernels.testing import assert_close, random_inputs
-from gspn2convert.session import CUDA, KERNEL, onnx_session
+from gspn2convert.providers import CUDA
+from gspn2convert.session import KERNEL, onnx_session
 
 pytestmark = [
     pytest.mark.gpu,

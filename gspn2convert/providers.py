@@ -1,0 +1,32 @@
+"""ONNX Runtime's execution providers, and the settings under which converted models run best on them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+
+_NHWC_SINCE = (1, 20)
+
+
+def settings(providers: Sequence[str], version: str, *, static: bool) -> dict[str, Any]:
+    """What an `InferenceSession` is best made with, as its keyword arguments.
+
+    For CUDA, measured on an H100 with a converted ViT-B at 1024 px: with channels-last convolutions it takes 15 instead
+    of 16 ms, and 12 where a Gemm does not add the biases, which it would first copy to every row. A stopwatch's choice
+    of convolutions, made again for each size of images, is no faster than the rule of thumb.
+
+    Args:
+        providers: ONNX Runtime's own names.
+        version: of ONNX Runtime.
+        static: the file takes inputs of one shape. Others compute shapes, which ONNX Runtime leaves on the CPU unless
+            it changes layouts: then each of them is a copy that the CPU waits for.
+    """
+    if CUDA not in providers:
+        return {"providers": list(providers)}
+    options = {"cudnn_conv_algo_search": "HEURISTIC"}
+    if static and tuple(map(int, version.split(".")[:2])) >= _NHWC_SINCE:
+        options["prefer_nhwc"] = "1"
+    chosen = [(name, options) if name == CUDA else name for name in providers]
+    return {"providers": chosen, "disabled_optimizers": ["MatMulAddFusion"]}
