@@ -56,7 +56,7 @@ def scaling(found: Document) -> list[str]:
 
 def onnx_model(found: Document) -> list[str]:
     """Time of a student beside its teacher in ONNX Runtime and itself in PyTorch; two sentences."""
-    ms = {row["what"]: row["ms"] for row in found["rows"] if "ms" in row}
+    ms = {row["what"]: row["ms"] for row in found["rows"] if row["part"] == "model" and "ms" in row}
     case = found["rows"][0]
     best, torch = ms["student, CUDA graph"], ms["student in PyTorch, CUDA graph"]
     return [
