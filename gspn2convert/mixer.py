@@ -155,8 +155,8 @@ class Gspn2Mixer(nn.Module):
     def scan(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """The four scans (B, H, W, 4, R) of tokens (B, N, C), each times its gate.
 
-        Projections take the prefix tokens along: to leave them out first would copy all the others. In an ONNX graph
-        every slice is a copy, and the LPU needs this one.
+        Projections take the prefix tokens along: to leave them out first would copy all the others. Not so in an ONNX
+        graph, where every slice is a copy, and the LPU has the patches cut out already.
         """
         if torch.compiler.is_exporting():
             x = x[:, x.shape[1] - grid[0] * grid[1] :]

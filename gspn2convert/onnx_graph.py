@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 # ONNX Runtime 1.18 reads up to IR 10 and opset 21.
 OPSET = 20
 IR_VERSION = 10
-# By so many elements a file may grow for a node less.
-_SMALL = 2**13
+# By so many bytes a file may grow for a node less.
+_SMALL = 2**14
 # A protobuf holds 2 GiB; the graph and the checker's copy of it need some of that.
 _LARGEST_SINGLE_FILE = 2**31 - 2**27
 
@@ -43,7 +43,6 @@ def translate(
     Returns:
         The graph in opset 20 and IR 10, with nothing of what the exporter tells about this machine.
     """
-    from onnx_ir import serde
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
     # Without gradients, as it will run: norm, mixer and residual in few passes.
@@ -59,16 +58,13 @@ def translate(
             output_names=[output_name],
             verbose=False,
         )
-    assert program is not None
-    graph = program.model
-    _fold(graph)
+        assert program is not None
+        graph = program.model
+        _fold(graph)
     graph.ir_version = IR_VERSION
     _name_nodes(graph, {name for name, _ in model.named_modules()})
     ClearMetadataAndDocStringPass()(graph)
-    # Last: the exporter's passes inline every function that they find.
-    function = serde.deserialize_function(line_scan_function(OPSET))
-    graph.functions[function.identifier()] = function
-    graph.opset_imports.setdefault(DOMAIN, VERSION)
+    _add_body(graph)  # last: the exporter's passes inline every function that they find
     return graph
 
 
@@ -98,22 +94,31 @@ def save(graph: onnx_ir.Model, path: Path) -> None:
     onnx.checker.check_model(str(path), full_check=True)
 
 
+def _add_body(graph: onnx_ir.Model) -> None:
+    """Give the file the function body of LineScan."""
+    from onnx_ir import serde
+
+    function = serde.deserialize_function(line_scan_function(OPSET))
+    graph.functions[function.identifier()] = function
+    graph.opset_imports.setdefault(DOMAIN, VERSION)
+
+
 def _fold(graph: onnx_ir.Model) -> None:
     """Compute now what depends on weights alone, as long as the file hardly grows by it."""
     from onnxscript.optimizer import fold_constants_ir
 
     def saves(node: onnx_ir.Node) -> bool:
-        consumed = sum(_size(value) for value in node.inputs if value is not None and len(value.uses()) == 1)
-        return sum(map(_size, node.outputs)) <= consumed + _SMALL
+        consumed = sum(_bytes(value) for value in node.inputs if value is not None and len(value.uses()) == 1)
+        return sum(map(_bytes, node.outputs)) <= consumed + _SMALL
 
-    largest = 2**31
-    fold_constants_ir(graph, input_size_limit=largest, output_size_limit=largest, should_fold=saves)
+    fold_constants_ir(graph, should_fold=saves)
 
 
-def _size(value: onnx_ir.Value) -> float:
-    """Count the elements of a tensor; unknown is infinity."""
-    shape = value.shape
-    return math.prod(d if isinstance(d, int) else math.inf for d in shape) if shape is not None else math.inf
+def _bytes(value: onnx_ir.Value) -> float:
+    """Count the bytes of a tensor; where shape or dtype is not known, as infinity."""
+    if value.shape is None or value.dtype is None or not value.shape.is_static():
+        return math.inf
+    return math.prod(value.shape.numpy()) * value.dtype.itemsize
 
 
 def _name_nodes(graph: onnx_ir.Model, modules: set[str]) -> None:

@@ -25,7 +25,10 @@ def embed_by_product(convolution: nn.Conv2d, images: Tensor) -> Tensor:
     Returns:
         (B, C, H, W).
     """
-    rows, columns = convolution.kernel_size
+    plain = convolution.stride, (0, 0), (1, 1), 1
+    kernel, *others = (getattr(convolution, name) for name in ("kernel_size", "padding", "dilation", "groups"))
+    assert (kernel, *others) == plain, "patches overlap, leave something out, or are no patches"
+    rows, columns = kernel
     patches = images.unflatten(3, (-1, columns)).unflatten(2, (-1, rows)).permute(0, 2, 4, 1, 3, 5)
     return F.linear(patches.flatten(3), convolution.weight.flatten(1), convolution.bias).permute(0, 3, 1, 2)
 

@@ -63,11 +63,8 @@ class PrefixRead(nn.Module):
         """
         if not self.exact and self.log_sum is None:
             return self._read(x, prefix, None), None, None
-        # As rows of a matrix: an ONNX graph multiplies those by a weight as it is, and transposes it for others.
-        projected = self.qkv(x[:, :prefix].flatten(0, 1))
-        query, key, value = (
-            projected.unflatten(0, (-1, prefix)).unflatten(2, (3, self.num_heads, self.head_dim)).unbind(2)
-        )
+        projected = _by_rows(self.qkv, x[:, :prefix])
+        query, key, value = projected.unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)
         folds = isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity)
         read, gate = self._folded_scores(x, query, key) if folds else self._scores(x, query)
         out = self._read(x, prefix, read)
@@ -153,8 +150,7 @@ class PrefixRead(nn.Module):
         read = torch.einsum("bphc,hdc->bphd", pooled, weight[2])
         if bias is not None:
             read = read + bias[2]
-        out: Tensor = self.proj(read.flatten(2).flatten(0, 1)).unflatten(0, (-1, prefix))
-        return out
+        return _by_rows(self.proj, read.flatten(2))
 
     def _weights(self) -> tuple[Tensor, Tensor | None]:
         """Weights (3, h, d, C) and biases (3, h, d) of query, key and value."""
@@ -166,3 +162,15 @@ class PrefixRead(nn.Module):
         weight, bias = self._weights()
         projected = F.linear(x, weight[which].flatten(0, 1), None if bias is None else bias[which].flatten())
         return projected.unflatten(-1, (self.num_heads, self.head_dim))
+
+
+def _by_rows(linear: nn.Linear, tokens: Tensor) -> Tensor:
+    """Apply a linear layer to tokens (B, P, C) as to rows of a matrix.
+
+    An ONNX graph multiplies those by the weight as it is, and transposes it for tokens. Where images are padded in the
+    graph, P is a symbol there, which torch can't flatten.
+    """
+    if not isinstance(tokens.shape[1], int):
+        return linear(tokens)
+    rows: Tensor = linear(tokens.flatten(0, 1))
+    return rows.unflatten(0, tokens.shape[:2])

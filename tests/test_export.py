@@ -212,6 +212,15 @@ def test_exported_student(make_student: Callable[..., Gspn2Vit], tmp_path: Path)
     assert_close("evaluator", student(image).detach(), run_evaluator(model, {"image": image.numpy()}), 1e-5)
 
 
+@pytest.mark.parametrize("static", [None, (2, 3, 37, 51)], ids=["any size", "one size"])
+def test_images_that_the_model_pads(make_student: Callable[..., Gspn2Vit], tmp_path: Path, static) -> None:
+    student = make_student(img_size=(37, 51), dynamic_img_pad=True)
+    export_onnx(student, tmp_path / "student.onnx", static=static)
+    check_file(
+        tmp_path / "student.onnx", student, [(2, 3, 37, 51)] if static else [(1, 3, 33, 18), (2, 3, 40, 41)], 1e-5
+    )
+
+
 def test_a_file_leaves_nothing_to_compute_from_weights_alone(
     make_student: Callable[..., Gspn2Vit], tmp_path: Path
 ) -> None:

@@ -20,7 +20,6 @@ _SCHEMA = (
 )
 # Places of arguments.
 _RESIDUAL, _GAMMA = 7, 8
-_EIGHT = 8
 
 
 def merge(
@@ -85,16 +84,16 @@ def merge(
 def _one_product(scans: Tensor, weight: Tensor, share: Tensor | None, values: Tensor | None, row: Tensor) -> Tensor:
     """Compute scans (B, H W, 4 R) weight^T + share values + row in one product: others take ONNX Runtime a pass each.
 
-    Eight columns of ones bring an eighth of the row each. What is missing to a multiple of eight columns brings
-    nothing: products with others are slow ones on a GPU.
+    A column of ones brings the row. More of them bring nothing, up to a multiple of eight columns: products with other
+    numbers are slow ones on a GPU.
     """
     batch, patches, _ = scans.shape
     columns, rows = [scans], [weight.mT.expand(batch, -1, -1)]
     if share is not None and values is not None:
         columns, rows = [scans, share], [*rows, values]
-    missing = -sum(part.shape[2] for part in columns) % _EIGHT
-    columns.append(scans.new_ones(batch, patches, _EIGHT + missing))
-    rows += [(row / _EIGHT)[:, None].expand(-1, _EIGHT, -1), row.new_zeros(batch, missing, row.shape[1])]
+    more = -(1 + sum(part.shape[2] for part in columns)) % 8
+    columns.append(scans.new_ones(batch, patches, 1 + more))
+    rows += [row[:, None], row.new_zeros(batch, more, row.shape[1])]
     return torch.cat(columns, 2) @ torch.cat(rows, 1)
 
 

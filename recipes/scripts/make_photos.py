@@ -198,6 +198,8 @@ def read_arguments() -> argparse.Namespace:
 def main() -> None:
     """Make the set."""
     arguments = read_arguments()
+    if not hasattr(np, "bitwise_count"):
+        sys.exit(f"NumPy {np.__version__} is too old to count bits: pip install 'numpy>=2'")
     Image.MAX_IMAGE_PIXELS = None  # the packages are trusted
     warnings.simplefilter("ignore")
     paths = find(arguments.source, arguments.skip)
