@@ -182,4 +182,7 @@ class Gspn2Mixer(nn.Module):
         # Symbolic while a model is exported with dynamic sizes.
         lines: list[Any] = [torch.sym_min(self.segment, size) if self.segment else size for size in (height, width)]
         weight = self.proj.weight
-        return weight / torch.cat([weight.new_full((weight.shape[1] // 2,), number) for number in lines])
+        # bfloat16 counts to 256 only.
+        dtype = torch.float32 if weight.dtype == torch.bfloat16 else weight.dtype
+        counts = [weight.new_full((weight.shape[1] // 2,), number, dtype=dtype) for number in lines]
+        return (weight / torch.cat(counts)).to(weight.dtype)

@@ -13,9 +13,9 @@ _NHWC_SINCE = (1, 20)
 def settings(providers: Sequence[str], version: str, *, static: bool) -> dict[str, Any]:
     """What an `InferenceSession` is best made with, as its keyword arguments.
 
-    For CUDA, measured on an H100 with a converted ViT-B at 1024 px: with channels-last convolutions it takes 15 instead
-    of 16 ms, and 12 where a Gemm does not add the biases, which it would first copy to every row. A stopwatch's choice
-    of convolutions, made again for each size of images, is no faster than the rule of thumb.
+    For CUDA, timed by hand on an H100 with a converted ViT-B at 1024 px: with channels-last convolutions it took 15
+    instead of 16 ms, and 12 where a Gemm does not add the biases, which it would first copy to every row. A stopwatch's
+    choice of convolutions, made again for each size of images, was no faster than the rule of thumb.
 
     Args:
         providers: ONNX Runtime's own names.
