@@ -215,7 +215,15 @@ def _translate(model: VisionTransformer, example: Tensor, sizes: _Sizes, output:
     """Translate the export's own copy of a student, whose position embedding then resamples portably."""
     make_resampling_portable(model)
     make_patches_a_product(model)
-    graph = onnx_graph.translate(model, example, free=sizes.free(), input_name=INPUT, output_name=output)
+    try:
+        graph = onnx_graph.translate(model, example, free=sizes.free(), input_name=INPUT, output_name=output)
+    except torch.onnx.OnnxExporterError as error:
+        if not (sizes.free() and model.patch_embed.dynamic_img_pad):
+            raise
+        raise UserError(
+            "PyTorch cannot export a model that pads images of any size and has register tokens; give the one shape"
+            " that the file shall take: --static B,C,H,W"
+        ) from error
     assert onnx_graph.count_line_scans(graph) == sum(isinstance(module, Gspn2Mixer) for module in model.modules())
     assert not onnx_graph.count_nodes(graph, "Resize")
     return graph
