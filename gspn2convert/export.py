@@ -222,7 +222,7 @@ def _translate(model: VisionTransformer, example: Tensor, sizes: _Sizes, output:
             raise
         raise UserError(
             "PyTorch cannot export a model that pads images of any size and has register tokens; give the one shape"
-            " that the file shall take: --static B,C,H,W"
+            " that the file shall take: --static N,C,H,W"
         ) from error
     assert onnx_graph.count_line_scans(graph) == sum(isinstance(module, Gspn2Mixer) for module in model.modules())
     assert not onnx_graph.count_nodes(graph, "Resize")
