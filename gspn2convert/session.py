@@ -244,7 +244,7 @@ def _register(options: Any, providers: Sequence[str], *, insist: bool) -> Path |
     return path if done else None
 
 
-def _is_static(runtime: Any, path: Path) -> bool:  # noqa: ANN401
+def _is_static(runtime: Any, path: Path) -> bool:  # noqa: ANN401 - a module without types
     """Read the shapes of a file's inputs, by ONNX Runtime as it is: whatever it makes of the model is not used."""
     options = runtime.SessionOptions()
     options.log_severity_level = 3
@@ -253,7 +253,7 @@ def _is_static(runtime: Any, path: Path) -> bool:  # noqa: ANN401
     return all(isinstance(size, int) for one in inputs for size in one.shape)
 
 
-def _open(runtime: Any, path: Path, options: Any, arguments: dict[str, Any]) -> Any:  # noqa: ANN401
+def _open(runtime: Any, path: Path, options: Any, arguments: dict[str, Any]) -> Any:  # noqa: ANN401 - no types there
     try:
         return runtime.InferenceSession(str(path), options, **arguments)
     except Exception as error:  # ONNX Runtime's errors have no class in common but this one

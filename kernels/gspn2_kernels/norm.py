@@ -15,6 +15,7 @@ from torch import Tensor
 from gspn2_kernels.operands import autocast_wanted, by_triton, check_first, check_other
 from gspn2_kernels.registration import define
 
+# An export sums tokens over this number, for fp16 ends at 65504.
 _PART = 256
 
 
@@ -47,7 +48,7 @@ def norm_mean(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float,
         wide = torch.promote_types(a.dtype, torch.float32)
         count: Any = torch.sym_max(x.shape[1] - prefix, 1)
         if torch.compiler.is_exporting():
-            # A reduction takes ONNX Runtime ten times as long as this product. Sums stay small enough for fp16.
+            # A reduction takes ONNX Runtime ten times as long as this product.
             total = x.new_full((1, x.shape[1] - prefix), 1 / _PART) @ a[:, prefix:]
             return a, (total.squeeze(1).to(wide) * (_PART / count)).to(a.dtype)
         return a, (a[:, prefix:].sum(1, dtype=wide) / count).to(a.dtype)
