@@ -120,13 +120,13 @@ def assert_same_end(folder, expected):
 
 
 def test_killed_at_random_moments(tmp_path, attempts, undisturbed):
-    expected, seconds = undisturbed
-    dice, kills, runs = random.Random(0), [], 0
+    expected, longest = undisturbed
+    dice, kills = random.Random(0), []
     folder = tmp_path / "out"
-    # Where a run gets through between two kills, its end is compared and the next one starts.
+    # Where a run gets through between two kills, its end is compared and the next one starts. Kills come sooner then:
+    # a machine that has become faster since the undisturbed run would get through every time.
     while len(kills) < KILLS or folder.exists():
-        assert runs < KILLS, kills
-        delay = dice.uniform(0, seconds) if len(kills) < KILLS else None
+        delay = dice.uniform(0, longest) if len(kills) < KILLS else None
         if attempts(folder, kill_after=delay).status == -signal.SIGKILL:
             kills.append((delay, *progress(folder)))
             # Killed before its first write, a run leaves nothing; it is resumed all the same.
@@ -134,8 +134,7 @@ def test_killed_at_random_moments(tmp_path, attempts, undisturbed):
         else:
             assert_same_end(folder, expected)
             shutil.rmtree(folder)
-            runs += 1
-    assert len(kills) == KILLS
+            longest *= 0.8
 
 
 def test_killed_in_every_write(tmp_path, attempts, undisturbed):
