@@ -90,10 +90,10 @@ def _commit() -> str:
     if not (root / ".git").exists():
         return "unknown"
     try:
-        # Exit code 128 (no commit yet, no permission) and a missing git both mean that nothing is known.
+        # Exit code 128 (no commit yet, no permission) and a missing or slow git mean that nothing is known.
         head = _git(root, "rev-parse", "HEAD")
         return head + ("+changes" if _git(root, "status", "--porcelain", "--untracked-files=no") else "")
-    except (OSError, subprocess.CalledProcessError):
+    except (OSError, subprocess.SubprocessError):
         return "unknown"
 
 

@@ -1,6 +1,9 @@
 """What every test can use: markers, a tiny teacher, the command line."""
 
+import contextlib
 import os
+import random
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +25,22 @@ MakeTeacher = Callable[..., VisionTransformer]
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
+    torch.manual_seed(0)  # or what a test draws would depend on which ones ran before it
+
+
+@pytest.fixture(scope="session")
+def free_ports() -> Callable[[int], list[int]]:
+    """Finds ports for processes to meet at, below those that the kernel hands out to anybody who asks for one."""
+
+    def find(count: int) -> list[int]:
+        dice, ports = random.SystemRandom(), set[int]()
+        while len(ports) < count:
+            with socket.socket() as probe, contextlib.suppress(OSError):
+                probe.bind(("127.0.0.1", dice.randrange(20_000, 32_000)))
+                ports.add(probe.getsockname()[1])
+        return list(ports)
+
+    return find
 
 
 @pytest.fixture(scope="module")

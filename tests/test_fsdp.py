@@ -7,10 +7,8 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -154,16 +152,12 @@ def assert_same_end(folder, expected):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, free_ports):
     """What two processes made, all of it in one start of them."""
     folder = tmp_path_factory.mktemp("two")
     with pytest.raises(Interrupted, match="stage recover after 3 of 6"):
         convert(folder / "stopped by one", terminate_at_read=62)
-    with ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(4)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        ports = [str(probe.getsockname()[1]) for probe in probes]
+    ports = [str(port) for port in free_ports(4)]
     shared = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     shared |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     processes = [
@@ -177,7 +171,7 @@ def folder(tmp_path_factory):
         for rank in ("0", "1")
     ]
     try:
-        outputs = [process.communicate(timeout=300)[0] for process in processes]
+        outputs = [process.communicate(timeout=600)[0] for process in processes]
     finally:
         for process in processes:  # what waits for the other one would wait for long
             process.kill()

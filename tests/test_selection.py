@@ -239,7 +239,8 @@ def in_two_processes(folder, what):
     """What each process of `choose_with_others` wrote."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__, folder, what)
-    subprocess.run([sys.executable, *launch], env=environment, check=True, timeout=120, capture_output=True)
+    done = subprocess.run([sys.executable, *launch], env=environment, timeout=600, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     return [json.loads((folder / str(rank)).read_text()) for rank in range(2)]
 
 

@@ -7,9 +7,9 @@ import itertools
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -222,12 +222,11 @@ def test_sigterm_saves_and_the_resumed_run_ends_with_the_same_bits(tmp_path, und
         if line.strip() == "step 3 of recover":
             process.terminate()
             break
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=600)
     assert process.returncode == 3, output
     run = Run(tmp_path)
-    assert run.store.stage == "recover"
-    assert 3 <= run.store.step < 12
-    assert f"stopped in stage recover after {run.store.step} of 12; resume to go on" in output
+    assert (run.store.stage, run.store.step) == ("recover", 4)
+    assert "stopped in stage recover after 4 of 12; resume to go on" in output
     run.train_both()
     assert_same_end(tmp_path, run, undisturbed)
 
@@ -397,15 +396,14 @@ def test_precision_that_cannot_be_had(device, precision):
         make_accelerator(device, precision)
 
 
-def test_two_processes_give_the_losses_of_one(tmp_path, undisturbed):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    ranks = [
-        start(tmp_path, "shared", RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-        for rank in (0, 1)
-    ]
-    outputs = [process.communicate(timeout=120)[0] for process in ranks]
+def test_two_processes_give_the_losses_of_one(tmp_path, undisturbed, free_ports):
+    rendezvous = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_ports(1)[0]}
+    ranks = [start(tmp_path, "shared", RANK=rank, LOCAL_RANK=rank, **rendezvous) for rank in (0, 1)]
+    try:
+        outputs = [process.communicate(timeout=600)[0] for process in ranks]
+    finally:
+        for process in ranks:  # what waits for the other one would wait for long
+            process.kill()
     assert [process.returncode for process in ranks] == [0, 0], outputs
     histories = [json.loads(output.splitlines()[-1]) for output in outputs]
     assert figures(histories[0]) == figures(histories[1])
@@ -440,8 +438,9 @@ def main(folder, task):
             for step, batch in enumerate(run.batches(first_step)):
                 sys.stdout.write(f"step {step} of recover\n")
                 sys.stdout.flush()
-                if step == 3:
-                    signal.sigtimedwait([], 0.5)  # time for the test to send its signal
+                # The first signal puts the handler back that was there before.
+                while step == 3 and signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+                    time.sleep(0.01)
                 yield batch
 
         try:
