@@ -9,7 +9,6 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,11 +21,11 @@ from torch import Tensor
 from gspn2_kernels.testing import relative_rms
 from gspn2convert import __version__, onnx_graph
 from gspn2convert.artifact import write_atomic
+from gspn2convert.embedding import make_embedding_portable
 from gspn2convert.errors import UserError
+from gspn2convert.export_sizes import Sizes, free_sizes, static_sizes
 from gspn2convert.mixer import Gspn2Mixer
-from gspn2convert.patches import make_patches_a_product
-from gspn2convert.position import make_resampling_portable
-from gspn2convert.vit import grid_size, has_head, public_cfg
+from gspn2convert.vit import has_head, public_cfg
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -39,43 +38,6 @@ PARITY = {"fp32": 1e-4, "fp16": 5e-3}
 
 class ParityError(RuntimeError):
     """The exported file does not compute what the model computes; no file is left."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Sizes:
-    """Sizes of an export, height before width."""
-
-    native: tuple[int, int]
-    patch: tuple[int, int]
-    channels: int
-    dynamic: bool
-    batch: int | None = None  # where it is fixed, as height and width then are
-
-    def free(self) -> dict[int, str]:
-        """Axes of the input that may change."""
-        if self.batch is not None:
-            return {}
-        return {0: "batch", 2: "height", 3: "width"} if self.dynamic else {0: "batch"}
-
-    def traced(self) -> tuple[int, int, int, int]:
-        """Shape of the example; a batch of 1 would be taken for a constant, and H = W for one size."""
-        if self.batch is not None:
-            return self.batch, self.channels, *self.native
-        if not self.dynamic:
-            return 2, self.channels, *self.native
-        rows = max(self.native[0] // self.patch[0], 2)
-        return 2, self.channels, rows * self.patch[0], (rows + 1) * self.patch[1]
-
-    def checked(self) -> list[tuple[int, int, int, int]]:
-        """Shapes to compare at: one image, more of them and, where the size may change, wider ones."""
-        height, width = self.native
-        if self.batch is not None:
-            return [self.traced()]
-        shapes = [(1, self.channels, height, width), (3, self.channels, height, width)]
-        if self.dynamic:
-            columns = width // self.patch[1]
-            shapes.append((2, self.channels, height, (columns + max(1, 3 * columns // 8)) * self.patch[1]))
-        return shapes
 
 
 def export_onnx(
@@ -121,7 +83,7 @@ def export_onnx(
     _check_target(path, dtype)
     model = copy.deepcopy(student).cpu().float().eval().requires_grad_(False)
     model.set_grad_checkpointing(False)
-    sizes = _sizes(model, size) if static is None else _static_sizes(model, static)
+    sizes = free_sizes(model, size) if static is None else static_sizes(model, static)
     generator = torch.Generator().manual_seed(0)
     images = [torch.randn(shape, generator=generator).to(DTYPES[dtype]) for shape in sizes.checked()]
     wanted = [model(image.float()) for image in images]
@@ -190,31 +152,9 @@ def _check_target(path: Path, dtype: str) -> None:
             raise UserError(f"{existing} exists; remove it or name another output")
 
 
-def _sizes(model: VisionTransformer, size: tuple[int, int] | None) -> _Sizes:
-    cfg = public_cfg(model)
-    channels, *own = cfg["input_size"]
-    height, width = size or own
-    grid_size(model, height, width)
-    return _Sizes(
-        native=(height, width),
-        patch=model.patch_embed.patch_size,
-        channels=channels,
-        dynamic=not cfg["fixed_input_size"],
-    )
-
-
-def _static_sizes(model: VisionTransformer, shape: tuple[int, int, int, int]) -> _Sizes:
-    batch, channels, height, width = shape
-    own = _sizes(model, (height, width))
-    if batch < 1 or channels != own.channels:
-        raise UserError(f"shape {shape}: expected one image or more of {own.channels} channels")
-    return replace(own, dynamic=False, batch=batch)
-
-
-def _translate(model: VisionTransformer, example: Tensor, sizes: _Sizes, output: str) -> onnx_ir.Model:
-    """Translate the export's own copy of a student, whose position embedding then resamples portably."""
-    make_resampling_portable(model)
-    make_patches_a_product(model)
+def _translate(model: VisionTransformer, example: Tensor, sizes: Sizes, output: str) -> onnx_ir.Model:
+    """Translate the export's own copy of a student, whose embedding is changed for it."""
+    make_embedding_portable(model)
     try:
         graph = onnx_graph.translate(model, example, free=sizes.free(), input_name=INPUT, output_name=output)
     except torch.onnx.OnnxExporterError as error:
@@ -229,7 +169,7 @@ def _translate(model: VisionTransformer, example: Tensor, sizes: _Sizes, output:
     return graph
 
 
-def _metadata(model: VisionTransformer, sizes: _Sizes, dtype: str) -> dict[str, str]:
+def _metadata(model: VisionTransformer, sizes: Sizes, dtype: str) -> dict[str, str]:
     """What a user of the file needs to know; texts, everything else as JSON."""
     config = resolve_model_data_config(model)
     texts = {

@@ -17,6 +17,9 @@ def settings(providers: Sequence[str], version: str, *, static: bool) -> dict[st
     instead of 16 ms, and 12 where a Gemm does not add the biases, which it would first copy to every row. A stopwatch's
     choice of convolutions, made again for each size of images, was no faster than the rule of thumb.
 
+    Where CUDA does not start, ONNX Runtime runs on the CPU and keeps its part of these settings. The session's
+    `get_providers()` tells; `onnx_session` then makes another for the CPU.
+
     Args:
         providers: ONNX Runtime's own names.
         version: of ONNX Runtime.

@@ -149,20 +149,20 @@ def onnx_session(
     if not path.is_file():
         raise UserError(f"{path}: no such file; gspn2convert export writes one")
     wanted = pick_providers(runtime.get_available_providers(), providers)
-    options = runtime.SessionOptions()
-    options.log_severity_level = 3
     if CUDA in wanted:
         _preload(runtime)
-    registered = None if library is False else _register(options, wanted, insist=bool(library))
-    static = CUDA in wanted and _is_static(runtime, path)
-    session = _open(runtime, path, options, settings(wanted, runtime.__version__, static=static))
-    if wanted[0] not in session.get_providers():
+    session, registered = _start(runtime, path, wanted, library)
+    missing = [name for name in wanted if name not in session.get_providers()]
+    if missing:
         message = (
-            f"{wanted[0]} did not start; ONNX Runtime's message above says why, often a library of CUDA is missing"
+            f"{missing[0]} did not start; ONNX Runtime's message above says why, often a library of CUDA is missing"
         )
         if providers is not None:
             raise UserError(message)
-        _log.warning("%s; %s runs instead", message, session.get_providers()[0])
+        _log.warning("%s; %s runs instead", message, CPU)
+        # This one runs there, but with what suits CUDA. It goes before another takes as much memory.
+        del session
+        session, registered = _start(runtime, path, [CPU], library)
     return OnnxSession(path, session, version=runtime.__version__, library=registered)
 
 
@@ -222,6 +222,15 @@ def _preload(runtime: Any) -> None:  # noqa: ANN401
     _log.debug("onnxruntime.preload_dlls: %s", printed.getvalue())
 
 
+def _start(runtime: Any, path: Path, providers: list[str], library: bool | None) -> tuple[Any, Path | None]:  # noqa: ANN401
+    """Open a file with what suits the providers; the session, and the library that it has."""
+    options = runtime.SessionOptions()
+    options.log_severity_level = 3
+    registered = None if library is False else _register(options, providers, insist=bool(library))
+    static = CUDA in providers and _takes_one_shape(path)
+    return _open(runtime, path, options, settings(providers, runtime.__version__, static=static)), registered
+
+
 def _register(options: Any, providers: Sequence[str], *, insist: bool) -> Path | None:  # noqa: ANN401
     """Register the library; None where there is none, or it cannot serve the providers."""
     from gspn2_kernels.build import library_path
@@ -244,13 +253,19 @@ def _register(options: Any, providers: Sequence[str], *, insist: bool) -> Path |
     return path if done else None
 
 
-def _is_static(runtime: Any, path: Path) -> bool:  # noqa: ANN401 - a module without types
-    """Read the shapes of a file's inputs, by ONNX Runtime as it is: whatever it makes of the model is not used."""
-    options = runtime.SessionOptions()
-    options.log_severity_level = 3
-    options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    inputs = _open(runtime, path, options, {"providers": [CPU]}).get_inputs()
-    return all(isinstance(size, int) for one in inputs for size in one.shape)
+def _takes_one_shape(path: Path) -> bool:
+    """Tell whether no input has a free dimension; False also for what ONNX Runtime will refuse to open."""
+    try:
+        import onnx
+        from google.protobuf.message import DecodeError
+    except ImportError:
+        _log.warning("without the package onnx a file of one shape runs slower on CUDA: pip install onnx")
+        return False
+    try:
+        inputs = onnx.load(path, load_external_data=False).graph.input
+    except (OSError, DecodeError):
+        return False
+    return all(size.HasField("dim_value") for one in inputs for size in one.type.tensor_type.shape.dim)
 
 
 def _open(runtime: Any, path: Path, options: Any, arguments: dict[str, Any]) -> Any:  # noqa: ANN401 - no types there

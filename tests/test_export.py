@@ -24,13 +24,12 @@ from torch import Tensor, nn
 from gspn2_kernels import line_scan_ref
 from gspn2_kernels.testing import assert_close, random_inputs
 from gspn2convert import onnx_graph
+from gspn2convert.embedding import embed_by_product, make_embedding_portable, resample_position
 from gspn2convert.errors import UserError
 from gspn2convert.export import ParityError, export_onnx, export_safetensors
 from gspn2convert.mixer import Gspn2Mixer
 from gspn2convert.model import Gspn2Vit, build_student
 from gspn2convert.onnx_function import DOMAIN, NAME, line_scan_function
-from gspn2convert.patches import embed_by_product
-from gspn2convert.position import resample_position
 
 ONNX_TYPES = {
     torch.float32: TensorProto.FLOAT,
@@ -136,6 +135,19 @@ def test_position_embedding_is_resampled_as_timm_does(old: tuple[int, int], new:
     assert_close("embedding", want, got, 5e-6)
 
 
+@pytest.mark.parametrize("reg_tokens", [0, 2])
+def test_embedding_of_the_copy_alone_is_by_products(make_teacher: Callable[..., nn.Module], reg_tokens: int) -> None:
+    teacher, copy = (make_teacher(reg_tokens=reg_tokens) for _ in range(2))
+    untouched = vars(teacher).keys(), vars(teacher.patch_embed.proj).keys()
+    make_embedding_portable(copy)
+    for size in ((32, 48), (56, 24)):
+        images = torch.randn(2, 3, *size)
+        with torch.no_grad():
+            # As the position embedding alone, see above.
+            assert_close(str(size), teacher(images), copy(images), 5e-6)
+    assert (vars(teacher).keys(), vars(teacher.patch_embed.proj).keys()) == untouched
+
+
 @pytest.fixture
 def make_student(make_teacher: Callable[..., nn.Module]) -> Callable[..., Gspn2Vit]:
     """Makes students of the small teacher, 32 x 48 pixels in patches of 8, whose mixers depend on what they see."""
@@ -195,6 +207,8 @@ def test_exported_student(make_student: Callable[..., Gspn2Vit], tmp_path: Path)
 
     model = check_file(path, student.eval(), [(5, 3, 40, 40), (1, 3, 8, 72), (2, 3, 64, 8), (1, 3, 8, 8)], 1e-5)
     assert line_scans(model) == {"blocks.0/line_scan": 3, "blocks.1/line_scan_1": 3}
+    # One for each mixer's local perception, none for the patches.
+    assert sum(node.op_type == "Conv" for node in model.graph.node) == 2
     assert result["line_scans"] == 2
     assert result["bytes"] == path.stat().st_size
     assert result["dynamic"] == ["batch", "height", "width"]

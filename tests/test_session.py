@@ -1,8 +1,8 @@
 """Exported files in ONNX Runtime: numbers against PyTorch, what runs where, and what is refused."""
 
 import ctypes
-import logging
 import os
+import shutil
 import sys
 
 import numpy as np
@@ -21,6 +21,19 @@ from gspn2convert.providers import CPU, CUDA, settings
 from gspn2convert.session import BODY, KERNEL, OnnxSession, onnx_session, pick_providers
 
 built = pytest.mark.skipif(library_path() is None, reason="needs the library: gspn2convert build-ops")
+
+# What ONNX Runtime for the CPU says when it is asked for CUDA, and leaves it out; that for CUDA logs an error.
+no_cuda = pytest.mark.filterwarnings("ignore:Specified provider .* is not in available provider names")
+
+
+@pytest.fixture
+def cuda_that_does_not_start(monkeypatch):
+    """This machine, taken for one that has a GPU: ONNX Runtime leaves CUDA out and goes on."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") != "" and torch.cuda.is_available():
+        pytest.skip("CUDA starts here")
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [CUDA, CPU])
+    monkeypatch.setattr(module, "_has_cuda_device", lambda: True)
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None, raising=False)
 
 
 def images(*shape: int) -> torch.Tensor:
@@ -105,8 +118,8 @@ def test_library_of_the_cpu_alone_is_left_out_on_cuda(classifier, monkeypatch, t
         UserError, match=r"library\.so has no kernels for CUDAExecutionProvider; run gspn2convert build-"
     ):
         onnx_session(classifier.path, library=True)
-    with pytest.warns(UserWarning, match="not in available"):  # this ONNX Runtime may have no CUDA
-        onnx_session(classifier.path)
+    caplog.clear()
+    assert module._register(onnxruntime.SessionOptions(), [CUDA, CPU], insist=False) is None
     assert "LineScan runs without its library" in caplog.text
 
 
@@ -132,11 +145,15 @@ def test_images_must_be_what_a_static_file_takes(feature_model):
         session.run(np.zeros((2, 3, 16, 24), np.uint8))
 
 
-def test_files_that_are_no_model_are_refused(classifier, tmp_path):
+@no_cuda
+@pytest.mark.parametrize("fixture", [None, "cuda_that_does_not_start"], ids=["cpu", "cuda"])
+def test_files_that_are_no_model_are_refused(classifier, tmp_path, request, fixture):
+    if fixture:
+        request.getfixturevalue(fixture)
     with pytest.raises(UserError, match=r"nowhere.onnx: no such file; gspn2convert export writes one"):
         onnx_session(tmp_path / "nowhere.onnx")
     path = tmp_path / "other.onnx"
-    for content in (b"", b"hello", classifier.path.read_bytes()[:5000]):
+    for content in (b"", b"hello", b"\xff" * 99, classifier.path.read_bytes()[:5000]):
         path.write_bytes(content)
         with pytest.raises(UserError, match=r"other\.onnx: no ONNX file, or not all of it"):
             onnx_session(path, library=False)
@@ -193,9 +210,54 @@ def test_cuda_gets_settings_of_its_own_and_the_cpu_none(version, static, nhwc):
     assert found["disabled_optimizers"] == ["MatMulAddFusion"]
 
 
-def test_a_file_of_one_shape_is_known_by_its_inputs(classifier, feature_model):
-    assert not module._is_static(onnxruntime, classifier.path)
-    assert module._is_static(onnxruntime, feature_model.path)
+def linear_model(path):
+    """A product of all pixels and a sum, which ONNX Runtime makes one Gemm for the CPU; with their operands."""
+    weight, bias = images(48, 5), images(5)
+    constants = [onnx.numpy_helper.from_array(one.numpy(), name) for one, name in ((weight, "w"), (bias, "b"))]
+    nodes = [
+        helper.make_node("Flatten", ["x"], ["rows"]),
+        helper.make_node("MatMul", ["rows", "w"], ["product"]),
+        helper.make_node("Add", ["product", "b"], ["y"]),
+    ]
+    values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in (("x", [2, 3, 4, 4]), ("y", [2, 5]))]
+    graph = helper.make_graph(nodes, "linear", values[:1], values[1:], constants)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
+    return path, weight, bias
+
+
+def check_one_shape(path, *, want):
+    """Compare what is read from a file with the inputs that ONNX Runtime has of it."""
+    inputs = onnxruntime.InferenceSession(path, providers=[CPU]).get_inputs()
+    assert module._takes_one_shape(path) == all(isinstance(size, int) for one in inputs for size in one.shape) == want
+
+
+def test_an_exported_file_of_one_shape_is_known_by_its_inputs(classifier, feature_model):
+    check_one_shape(classifier.path, want=False)
+    check_one_shape(feature_model.path, want=True)
+
+
+@pytest.mark.parametrize(
+    ("shape", "want"),
+    [([2, 3, 4, 300], True), ([], True), (["B", 3, 4, 4], False), ([2, 3, 4, None], False), ([None], False)],
+)
+def test_a_file_of_one_shape_is_known_by_its_inputs(tmp_path, shape, want):
+    check_one_shape(other_model(tmp_path / "other.onnx", shape), want=want)
+
+
+def test_one_free_input_is_enough_and_weights_may_lie_elsewhere(tmp_path):
+    path = tmp_path / "sum.onnx"
+    weight = onnx.numpy_helper.from_array(np.ones((2, 300), np.float32), "w")
+    for second, want in ((["B", 300], False), ([2, 300], True)):
+        values = [
+            helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
+            for name, shape in (("x", [2, 300]), ("y", second), ("z", [2, 300]))
+        ]
+        graph = helper.make_graph(
+            [helper.make_node("Sum", ["x", "y", "w"], ["z"])], "sum", values[:2], values[2:], [weight]
+        )
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+        onnx.save(model, path, save_as_external_data=True, location=f"{want}.data", size_threshold=0)
+        check_one_shape(path, want=want)
 
 
 def test_providers_are_picked_by_short_or_full_names():
@@ -226,19 +288,54 @@ def test_driver_is_asked_for_devices():
         assert module._has_cuda_device() == torch.cuda.is_available()
 
 
-def test_provider_that_does_not_start_is_an_error_only_if_it_was_asked_for(classifier, monkeypatch, caplog):
-    # ONNX Runtime for the CPU, taken for one that has CUDA, leaves the provider out and goes on.
-    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [CUDA, CPU])
-    monkeypatch.setattr(module, "_has_cuda_device", lambda: True)
-    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None, raising=False)
-    if os.environ.get("CUDA_VISIBLE_DEVICES") != "" and torch.cuda.is_available():
-        pytest.skip("CUDA starts here")
-    with pytest.warns(UserWarning, match="not in available"), pytest.raises(UserError, match=f"^{CUDA} did not start"):
-        onnx_session(classifier.path, ["cuda"], library=False)
-    with caplog.at_level(logging.WARNING, "gspn2convert"), pytest.warns(UserWarning, match="not in available"):
-        assert onnx_session(classifier.path, library=False).describe()["providers"] == [CPU]
+@no_cuda
+@pytest.mark.parametrize("asked", [["cuda"], ["cuda", "cpu"], ["cpu", "cuda"]], ids="-".join)
+def test_provider_that_was_asked_for_and_does_not_start_is_an_error(classifier, cuda_that_does_not_start, asked):
+    with pytest.raises(UserError, match=f"^{CUDA} did not start"):
+        onnx_session(classifier.path, asked, library=False)
+
+
+@no_cuda
+def test_cpu_in_place_of_cuda_runs_what_suits_the_cpu(cuda_that_does_not_start, monkeypatch, tmp_path, caplog):
+    path, weight, bias = linear_model(tmp_path / "linear.onnx")
+    plain = onnxruntime.SessionOptions
+
+    def telling():
+        options = plain()
+        options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+        options.log_severity_level = 3
+        return options
+
+    def operators():
+        return [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node]
+
+    monkeypatch.setattr(onnxruntime, "SessionOptions", telling)
+    onnxruntime.InferenceSession(path, telling(), **settings([CUDA, CPU], onnxruntime.__version__, static=True))
+    assert {"MatMul", "Add"} <= set(operators())
+    onnx_session(path, ["cpu"], library=False)
+    wanted = operators()
+    assert "MatMul" not in wanted
+    assert not caplog.text
+
+    session = onnx_session(path, library=False)
+    assert operators() == wanted
     assert f"{CUDA} did not start" in caplog.text
     assert f"{CPU} runs instead" in caplog.text
+    assert session.describe()["providers"] == [CPU]
+    pixels = images(2, 3, 4, 4)
+    assert_close("output", pixels.flatten(1) @ weight + bias, torch.from_numpy(session.run(pixels.numpy())), 1e-5)
+
+
+@built
+@no_cuda
+def test_cpu_in_place_of_cuda_has_the_library_of_the_cpu(classifier, cuda_that_does_not_start, monkeypatch, tmp_path):
+    path = tmp_path / "library.so"
+    shutil.copy(library_path(), path)  # without the file beside it that may say that it has CUDA kernels
+    monkeypatch.setenv("GSPN2_ORT_LIBRARY", str(path))
+    session = onnx_session(classifier.path)
+    described = session.describe()
+    assert (described["line_scan"], described["library"]) == (KERNEL, str(path))
+    compare(session, classifier.student, images(3, 3, 16, 24), 1e-5)
 
 
 def test_missing_or_old_onnxruntime_is_named(classifier, monkeypatch):

@@ -11,9 +11,8 @@ from pairs import teacher_and_student
 from timm.models import VisionTransformer
 
 from gspn2convert import onnx_graph
+from gspn2convert.embedding import make_embedding_portable
 from gspn2convert.onnx_function import DOMAIN, NAME, line_scan_function
-from gspn2convert.patches import make_patches_a_product
-from gspn2convert.position import make_resampling_portable
 
 OPERANDS = ("x", "lam", "logits", "u")
 TYPES = {
@@ -62,8 +61,7 @@ def write_model(
 ) -> Path:
     """Translate a model as `gspn2convert export` does; with a shape, as with `--static`."""
     model = copy.deepcopy(model).requires_grad_(False).to(DTYPES[dtype])
-    make_resampling_portable(model)
-    make_patches_a_product(model)
+    make_embedding_portable(model)
     patch = model.patch_embed.patch_size[0]
     free = {} if shape else {0: "batch", 2: "height", 3: "width"}
     example = torch.zeros(shape or (2, 3, 14 * patch, 15 * patch), dtype=DTYPES[dtype])
