@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import re
@@ -11,6 +12,7 @@ from typing import Any, cast
 
 import safetensors.torch
 import timm
+from timm.models import VisionTransformer
 from timm.models._hub import load_model_config_from_path
 
 import gspn2convert
@@ -43,7 +45,13 @@ Without `pretrained=True` timm fills the model with random weights and does not 
 
 
 def save_student(
-    student: Gspn2Vit, folder: str | Path, *, recipe_text: str, metrics: dict[str, Any], teacher: str
+    student: Gspn2Vit,
+    folder: str | Path,
+    *,
+    recipe_text: str,
+    metrics: dict[str, Any],
+    teacher: str,
+    teacher_weights: str = "",
 ) -> None:
     """Save a converted model so that timm can load it.
 
@@ -55,6 +63,7 @@ def save_student(
         recipe_text: YAML of the recipe.
         metrics: fit for JSON.
         teacher: name of the teacher; of a path only the last part is kept.
+        teacher_weights: `origin` of the teacher, by which `distill --student` knows it again; "" leaves it out.
 
     Raises:
         UserError: the folder cannot be written, or the disk is full.
@@ -62,7 +71,7 @@ def save_student(
     folder = Path(folder)
     path = Path(teacher.removeprefix("local-dir:"))
     teacher = path.name if path.is_absolute() else teacher
-    config = _config(student, teacher)
+    config = _config(student, teacher, teacher_weights)
     tensors = {name: value.detach().cpu().contiguous() for name, value in student.state_dict().items()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -76,7 +85,7 @@ def save_student(
     write_atomic(folder / "config.json", _json(config))
 
 
-def _config(student: Gspn2Vit, teacher: str) -> dict[str, Any]:
+def _config(student: Gspn2Vit, teacher: str, teacher_weights: str) -> dict[str, Any]:
     """What timm reads to rebuild the model; it passes over the block named gspn2."""
     cfg = public_cfg(student)
     layers = [i for i, block in enumerate(student.blocks) if isinstance(block, GspnBlock)]
@@ -92,6 +101,7 @@ def _config(student: Gspn2Vit, teacher: str) -> dict[str, Any]:
         "gspn2": {
             "version": gspn2convert.__version__,
             "teacher": teacher,
+            **({"teacher_weights": teacher_weights} if teacher_weights else {}),
             "layers": layers,
             "depth": len(student.blocks),
         },
@@ -147,6 +157,20 @@ def load(folder: str | Path, **kwargs: Any) -> Gspn2Vit:
     saved = timm.create_model(GSPN2_VIT, pretrained_cfg=cfg, **arguments, device="meta")
     check_match(weights, read_shapes(weights), {name: tuple(v.shape) for name, v in saved.state_dict().items()})
     return cast(Gspn2Vit, timm.create_model(f"local-dir:{folder}", pretrained=True, **kwargs).eval())
+
+
+def fingerprint(model: VisionTransformer, *, without: str = "") -> str:
+    """SHA-256 of a model's weights in float32, in hexadecimal; those named `without` are left out."""
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        if name != without:
+            digest.update(value.float().cpu().contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def origin(teacher: VisionTransformer) -> str:
+    """Fingerprint by which a teacher is known again, whatever it is called and at whatever image size it is loaded."""
+    return fingerprint(teacher, without="pos_embed")
 
 
 def check_output_folder(path: str | Path, resume: bool) -> None:

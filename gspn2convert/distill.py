@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Sequence
@@ -11,13 +10,13 @@ from typing import Any
 
 from timm.models import VisionTransformer
 
-from gspn2convert.artifact import check_output_folder, holds_files, save_student
+from gspn2convert.artifact import check_output_folder, fingerprint, holds_files, origin, save_student
 from gspn2convert.checkpoint import CheckpointStore
 from gspn2convert.conversion import Conversion, Options, public_name
 from gspn2convert.curriculum import check_sizes, teacher_size, trained
 from gspn2convert.data import ImageSet, open_images, own_share
 from gspn2convert.errors import UserError
-from gspn2convert.given import load_given, recipe_of
+from gspn2convert.given import check_origin, load_given, recipe_of
 from gspn2convert.keep import Auto, read_keep
 from gspn2convert.mixing import check_pairs
 from gspn2convert.model import Gspn2Vit, kept_blocks
@@ -61,6 +60,8 @@ def distill(
     size = teacher_size(recipe, img_size, options.stages)
     vit = load_teacher(teacher, weights=teacher_weights, img_size=size)
     given = None if student is None else load_given(student, vit, keep)
+    if student is not None:
+        check_origin(student, vit)
     kept = () if given is not None else read_keep(recipe.keep if keep is None else keep, len(vit.blocks))
     channels = vit.patch_embed.proj.in_channels
     images, test = (open_images(data, split, in_chans=channels) for split in ("train", "test"))
@@ -120,7 +121,8 @@ def distill_student(
         student = run.stages(keep)
     metrics = run.metrics(student, teacher_name)
     if accelerator.is_main_process:
-        save_student(student, options.output, recipe_text=dump_recipe(recipe), metrics=metrics, teacher=teacher_name)
+        whose = {"teacher": teacher_name, "teacher_weights": origin(teacher)}
+        save_student(student, options.output, recipe_text=dump_recipe(recipe), metrics=metrics, **whose)
         store.path.unlink(missing_ok=True)
     accelerator.end_training()
     return metrics
@@ -162,8 +164,8 @@ def _identity(teacher: VisionTransformer, recipe: Recipe, options: Options, give
     """What must be the same for a run to be resumed, under names that messages show."""
     return {
         "recipe": dump_recipe(recipe),
-        "teacher weights": _fingerprint(teacher),
-        "student": "" if given is None else _fingerprint(given),
+        "teacher weights": fingerprint(teacher),
+        "student": "" if given is None else fingerprint(given),
         "stages": ",".join(map(str, options.stages)),
         "image size": "x".join(map(str, teacher.patch_embed.img_size)),
         "precision": options.precision,
@@ -187,11 +189,3 @@ def _finished(folder: Path, teacher: str, data: str) -> dict[str, Any] | None:
             )
     logger.warning("%s is finished already, nothing to resume; to go on from it: --student %s", folder, folder)
     return metrics
-
-
-def _fingerprint(model: VisionTransformer) -> str:
-    """Digest of all weights, so that a run is not resumed with another teacher of the same name."""
-    digest = hashlib.sha256()
-    for value in model.state_dict().values():
-        digest.update(value.float().cpu().contiguous().numpy().data)
-    return digest.hexdigest()

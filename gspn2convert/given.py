@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import logging
 from dataclasses import replace
 from pathlib import Path
 
 from timm.models import VisionTransformer
 
-from gspn2convert.artifact import load
+from gspn2convert.artifact import load, origin
 from gspn2convert.errors import UserError
 from gspn2convert.model import Gspn2Vit, kept_blocks
 from gspn2convert.recipe import Mixer, Recipe
+
+logger = logging.getLogger(__name__)
 
 
 def load_given(folder: Path, teacher: VisionTransformer, keep: str | None) -> Gspn2Vit:
@@ -33,6 +37,26 @@ def load_given(folder: Path, teacher: VisionTransformer, keep: str | None) -> Gs
         differing = next(name for name in sorted({*plain, *theirs}) if plain.get(name) != theirs.get(name))
         raise UserError(f"{folder} is no student of this teacher: {differing} differs; name the teacher it came from")
     return given
+
+
+def check_origin(folder: Path, teacher: VisionTransformer) -> None:
+    """Make sure that a student came from this teacher; of one that does not tell, warn.
+
+    Args:
+        folder: what `load_given` took.
+        teacher: with its weights; at any image size.
+
+    Raises:
+        UserError: its teacher had other weights.
+    """
+    written = json.loads((folder / "config.json").read_text()).get("gspn2", {})
+    name, weights = (written.get(key) for key in ("teacher", "teacher_weights"))
+    if weights is None:
+        logger.warning("%s does not tell the weights of its teacher (%s): make sure that they are these", folder, name)
+    elif weights != origin(teacher):
+        raise UserError(
+            f"{folder} is no student of this teacher: it came from {name}, which had other weights; name that one"
+        )
 
 
 def recipe_of(given: Gspn2Vit, recipe: Recipe) -> Recipe:

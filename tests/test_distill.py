@@ -16,6 +16,7 @@ from timm.models import save_for_hf
 from torch.nn.functional import cosine_similarity
 
 import gspn2convert
+from gspn2convert.artifact import origin
 from gspn2convert.checkpoint import FILE_NAME, CheckpointStore
 from gspn2convert.conversion import Conversion
 from gspn2convert.convert import convert, own_parameters
@@ -229,7 +230,8 @@ def test_the_folder_is_complete(demo):
     assert json.loads((folder / "metrics.json").read_text()) == metrics
     assert parse_recipe((folder / "recipe.yaml").read_text(), "recipe.yaml") == parse_recipe(DEMO_RECIPE, "test")
     config = json.loads((folder / "config.json").read_text())
-    assert config["gspn2"] == {"version": gspn2convert.__version__, "teacher": "demo", "layers": [1, 2, 5], "depth": 6}
+    told = {"version": gspn2convert.__version__, "teacher": "demo", "teacher_weights": origin(load_teacher("demo"))}
+    assert config["gspn2"] == told | {"layers": [1, 2, 5], "depth": 6}
     assert "3 of 6 blocks: 1, 2, 5" in (folder / "README.md").read_text()
 
 

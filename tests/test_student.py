@@ -1,6 +1,8 @@
 """Going on from a converted model: to the same end as in one run, and from nothing else than the teacher's own."""
 
+import json
 import re
+import shutil
 import signal
 
 import numpy as np
@@ -156,6 +158,32 @@ def test_a_student_of_another_teacher_is_refused(run, save_teacher, tmp_path, ki
     with pytest.raises(UserError, match=sentence):
         run("on", stages=(1,), student=tmp_path / "fit", teacher=other)
     assert not (tmp_path / "on").exists()
+
+
+def test_a_student_of_a_teacher_with_other_weights_is_refused(run, save_teacher, tmp_path):
+    """After stage 2 a student has no weight of its teacher left, so the folder tells them; names may differ."""
+    run("recovered", stages=(0, 2))
+    other = save_teacher("other", seed=1)
+    sentence = "recovered is no student of this teacher: it came from teacher, which had other weights; name that one$"
+    with pytest.raises(UserError, match=sentence):
+        run("on", stages=(1,), student=tmp_path / "recovered", teacher=other)
+    assert not (tmp_path / "on").exists()
+    shutil.rmtree(other)
+    (tmp_path / "teacher").rename(other)
+    run("on", stages=(1,), student=tmp_path / "recovered", teacher=other)
+    run("further", stages=(1,), student=tmp_path / "on", teacher=other)
+
+
+def test_a_student_that_does_not_tell_its_teacher_is_warned_of(run, tmp_path, caplog):
+    run("fit", stages=(0,))
+    run("whole", stages=(1,), student=tmp_path / "fit")
+    assert "weights of its teacher" not in caplog.text
+    config = json.loads((tmp_path / "fit" / "config.json").read_text())
+    assert len(config["gspn2"].pop("teacher_weights")) == 64
+    (tmp_path / "fit" / "config.json").write_text(json.dumps(config))
+    run("on", stages=(1,), student=tmp_path / "fit")
+    assert "fit does not tell the weights of its teacher (teacher): make sure that they are these" in caplog.text
+    assert weights(tmp_path / "on") == weights(tmp_path / "whole")
 
 
 def test_what_is_no_student_is_refused(run, run_cli, tmp_path):
