@@ -3,10 +3,13 @@
 import importlib
 import importlib.util
 import re
-from pathlib import Path
-from typing import Any
+import tarfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
 
 from gspn2convert.errors import UserError
+from gspn2convert.shards import Member
 from gspn2convert.splits import pick_split
 from gspn2convert.stream import Stream
 
@@ -97,6 +100,8 @@ def _stream(data: str, split: str, path: str, **how: Any) -> Stream:
     datasets = import_datasets(data)
     try:
         builder = datasets.load_dataset_builder(path, **how)
+        if isinstance(builder, importlib.import_module("datasets.packaged_modules.webdataset.webdataset").WebDataset):
+            _read_to_the_end(datasets, builder)
         splits = builder.as_streaming_dataset()
         found = pick_split(list(splits), split, data)
         features = splits[found].features
@@ -112,3 +117,28 @@ def _stream(data: str, split: str, path: str, **how: Any) -> Stream:
         return dataset.cast_column(image, datasets.Image(decode=False))
 
     return Stream(data, begin, image, label, list(features[label].names) if label else None)
+
+
+def _read_to_the_end(datasets: Any, builder: Any) -> None:  # noqa: ANN401 - a module, and an object of its
+    """Make a builder of WebDataset shards name one that fails, and one that breaks off: it would just end there."""
+    samples = builder._get_pipeline_from_tar
+
+    def samples_of(url: str, files: Iterable[tuple[str, IO[bytes]]]) -> Iterator[dict[str, Any]]:
+        try:
+            yield from samples(url, files if ".zip" in url else _files(datasets, url))
+        except tarfile.TarError as error:
+            raise OSError(f"shard {url} is no complete tar file and has to be replaced: {error}") from error
+        except Exception as error:  # a network and its clients fail in many ways
+            raise OSError(f"shard {url}: {error}") from error
+
+    builder._get_pipeline_from_tar = samples_of
+
+
+def _files(datasets: Any, url: str) -> Iterator[tuple[str, IO[bytes] | None]]:  # noqa: ANN401 - a module
+    """Names and contents of a tar's files, all but hidden ones, as `datasets` itself goes through them."""
+    opened = datasets.utils.file_utils.xopen(url, "rb", block_size=0)  # tries again where the connection breaks
+    with opened as file, tarfile.open(fileobj=file, mode="r|*", tarinfo=Member) as tar:
+        for member in tar:
+            if member.isreg() and not PurePosixPath(member.name).name.startswith((".", "__")):
+                yield member.name, tar.extractfile(member)
+            tar.members = []  # type: ignore[attr-defined]  # a shard may have a million

@@ -15,7 +15,7 @@ from timm.data import create_dataset
 from gspn2convert.demo_data import DemoSource
 from gspn2convert.errors import UserError
 from gspn2convert.hub import image_and_label, import_datasets, stream_hub, stream_shards
-from gspn2convert.shards import ShardSource
+from gspn2convert.shards import Member, ShardSource
 from gspn2convert.splits import SPLIT_NAMES, pick_split
 from gspn2convert.stream import Row, Stream
 from gspn2convert.tally import Tally
@@ -210,6 +210,9 @@ def _files(path: Path, split: str) -> Source:
     else:
         raise UserError(f"data {str(path)!r} is a file of another kind; expected {_KINDS}")
     try:
+        if options:
+            with tarfile.open(path, "r:", tarinfo=Member) as tar:
+                tar.getmembers()  # timm's reader would take what there is of a tar file that breaks off
         reader = create_dataset("", root=str(path), split=split, search_split=False, **options).reader
     except tarfile.TarError as error:
         raise UserError(f"data {str(path)!r}: no complete tar file ({error}); fetch it again") from error

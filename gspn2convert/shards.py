@@ -23,6 +23,29 @@ _IMAGES = {"jpg", "jpeg", "png", "webp"}
 _log = logging.getLogger(__name__)
 
 
+class Member(tarfile.TarInfo):
+    """A member of a tar file that has to be there to its end mark.
+
+    For `tarfile` a file that breaks off between two members, or in a header, just ends there.
+    """
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "Member":
+        """Read a header.
+
+        Raises:
+            tarfile.ReadError: there is none where one, or the end mark, has to be.
+        """
+        if len(buf) < tarfile.BLOCKSIZE:
+            raise tarfile.ReadError("it breaks off without an end mark")
+        try:
+            return super().frombuf(buf, encoding, errors)
+        except tarfile.HeaderError as error:
+            if any(buf):  # zeros are the end mark
+                raise tarfile.ReadError(str(error)) from error
+            raise
+
+
 class ShardSource:
     """Images and labels (`.cls`) of WebDataset shards."""
 
@@ -85,7 +108,7 @@ def _scan(shard: Path, number: int) -> Iterable[tuple[int, int, int, int]]:
     images: dict[str, tuple[int, int]] = {}
     labels: dict[str, int] = {}
     try:
-        with tarfile.open(shard, "r:") as tar:
+        with tarfile.open(shard, "r:", tarinfo=Member) as tar:
             for member in tar:
                 folder, _, name = member.name.rpartition("/")
                 key, _, kind = name.partition(".")
