@@ -13,13 +13,14 @@ from gspn2convert.cost import Cost, cost, count_parameters, training_bytes
 from gspn2convert.curriculum import check_sizes, teacher_size, trained
 from gspn2convert.given import load_given, recipe_of
 from gspn2convert.keep import Auto, read_keep
+from gspn2convert.mixer import Gspn2Mixer
 from gspn2convert.model import Gspn2Vit, build_student
-from gspn2convert.recipe import Align, Recipe, Recover
+from gspn2convert.recipe import Align, Curriculum, Recipe, Recover
 from gspn2convert.teachers import load_teacher
+from gspn2convert.vit import attention_sites
 
 FLOAT32, FLOAT64 = 4, 8
-# AdamW keeps two moments beside weight and gradient; stage 2 averages the weights too.
-COPIES_IN_TRAINING = 5
+MOMENTS = 2  # of AdamW, for each weight that trains
 
 
 def plan(
@@ -30,6 +31,7 @@ def plan(
     img_size: int | None = None,
     keep: str | None = None,
     student: Path | None = None,
+    shard: bool = False,
 ) -> dict[str, Any]:
     """Plan a conversion; downloads and writes nothing.
 
@@ -39,11 +41,14 @@ def plan(
         stages: which of 0, 1, 2, 3 run.
         img_size: pixels to convert at; the teacher's own by default.
         keep: blocks that keep attention, instead of the recipe's.
-        student: folder of a converted model to go on from, in place of stage 0.
+        student: folder of a converted model to go on from, in place of stage 0; only its shapes are compared with the
+            teacher's, whose weights are not there.
+        shard: whether training spreads the models over processes, so that no CUDA graphs are recorded.
 
     Returns:
-        Layers, parameters and MACs of teacher and student for one image of the size that stages 0 to 2 see, memory in
-        bytes beyond the two models (fp32, one process), and steps; stage 3 has a row for each of its sizes. Where
+        Layers, parameters and MACs of teacher and student for one image of the size that stages 0 to 2 see, and steps;
+        stage 3 has a row for each of its sizes. "bytes" are memory beyond the two models, of all processes together (of
+        DDP: if it were one), in fp32 on a GPU; "batch_bytes" are what autograd keeps of a batch, among them. Where
         blocks are chosen in the course of the conversion, "automatic" says how many; the figures are then those of
         keeping the last ones, which cost the same, or none for a budget.
     """
@@ -52,19 +57,18 @@ def plan(
     if student is not None:
         recipe, stages = recipe_of(load_given(student, vit, keep), recipe), [stage for stage in stages if stage]
     depth, mixer = len(vit.blocks), recipe.mixer.resolve(vit.embed_dim)
-    wanted = read_keep(recipe.keep if keep is None else keep, depth)
-    auto = wanted if isinstance(wanted, Auto) else None
-    kept = range(depth - (wanted.count or 0), depth) if isinstance(wanted, Auto) else wanted
+    auto, kept = _kept(recipe.keep if keep is None else keep, depth)
     layers = [i for i in range(depth) if i not in kept]
     converted = build_student(vit, layers, mixer)
-    height, width = (recipe.size, recipe.size) if recipe.size else vit.patch_embed.img_size
-    before, after = cost(vit, height, width), cost(converted, height, width)
+    size = (recipe.size, recipe.size) if recipe.size else vit.patch_embed.img_size
+    before, after = cost(vit, *size), cost(converted, *size)
     # Until blocks are chosen, all are converted.
     aligned = build_student(vit, range(depth), mixer) if auto else converted
     return {
         "teacher": teacher,
         "recipe": recipe.name,
-        "image_size": [height, width],
+        "shard": shard,
+        "image_size": list(size),
         "converted_layers": layers,
         "kept_layers": list(kept),
         "automatic": asdict(auto) if auto else None,
@@ -73,21 +77,46 @@ def plan(
         "fit_images": recipe.fit.images if 0 in stages else 0,
         "fit_bytes": _fit_bytes(vit, recipe, after) if 0 in stages else 0,
         "stages": [
-            _training(name, spec, aligned if name == "align" else converted, (side, side) if side else (height, width))
+            _training(name, spec, aligned if name == "align" else converted, (side, side) if side else size, shard)
             for name, spec, side in trained(recipe, stages)
         ],
     }
 
 
-def _training(name: str, spec: Align | Recover, student: Gspn2Vit, size: tuple[int, int]) -> dict[str, Any]:
-    """Steps of a stage, and its memory: what autograd keeps of a batch, and all copies of the weights."""
-    per_image = training_bytes(student, *size)
+def _kept(text: str, depth: int) -> tuple[Auto | None, Sequence[int]]:
+    """How blocks will be chosen, None where they are named, and those that keep attention in the figures."""
+    wanted = read_keep(text, depth)
+    if isinstance(wanted, Auto):
+        return wanted, range(depth - (wanted.count or 0), depth)
+    return None, wanted
+
+
+def _training(
+    name: str, spec: Align | Recover, student: Gspn2Vit, size: tuple[int, int], shard: bool
+) -> dict[str, Any]:
+    """Steps of a stage, and its memory: what autograd keeps of a batch, and copies of the weights."""
+    batch = spec.batch_size * training_bytes(student, *size)
     return {
         "stage": name,
         "steps": spec.steps,
         "images": spec.steps * spec.batch_size,
-        "bytes": spec.batch_size * per_image + COPIES_IN_TRAINING * FLOAT32 * count_parameters(student),
+        "bytes": batch + FLOAT32 * _copies(spec, student, shard),
+        "batch_bytes": batch,
     }
+
+
+def _copies(spec: Align | Recover, student: Gspn2Vit, shard: bool) -> int:
+    """Numbers that training keeps beyond the models: gradients, moments, averages, adapters, and a guide's weights."""
+    mixers = [site for site in attention_sites(student) if isinstance(site, Gspn2Mixer)]
+    if isinstance(spec, Align):
+        return (1 + MOMENTS) * sum(own.numel() for mixer in mixers for own in mixer.own_parameters().values())
+    target = spec.target if isinstance(spec, Curriculum) else "teacher"
+    with_term = spec.losses.mixer > 0 and target == "teacher"
+    # Each CUDA graph holds gradients of its own, and there is one with the mixer term and one without it.
+    gradients = 2 if with_term and not shard else 1
+    copies = gradients + MOMENTS + (spec.ema > 0) + (target == "previous")
+    adapters = len(mixers) * (student.embed_dim + 1) * student.embed_dim if with_term else 0
+    return copies * count_parameters(student) + (1 + 1 + MOMENTS) * adapters
 
 
 def _fit_bytes(vit: VisionTransformer, recipe: Recipe, size: Cost) -> int:

@@ -4,12 +4,16 @@ import socket
 from dataclasses import replace
 
 import pytest
+import torch
 
 from gspn2convert.cost import cost, training_bytes
 from gspn2convert.errors import UserError
-from gspn2convert.model import build_student
-from gspn2convert.plan import plan
+from gspn2convert.model import GspnBlock, build_student
+from gspn2convert.optim import Ema
+from gspn2convert.plan import _copies, plan
 from gspn2convert.recipe import load_recipe
+from gspn2convert.recover import RecoverStage
+from gspn2convert.stage import AlignStage
 from gspn2convert.teachers import load_teacher
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -72,9 +76,57 @@ def test_figures_are_those_of_the_models_that_a_conversion_builds(default):
     assert found["image_size"] == [96, 96]
     assert (found["converted_layers"], found["kept_layers"]) == (list(range(10)), [10, 11])
     per_image = training_bytes(student, 96, 96)
-    # AdamW: weights, gradients, two moments; and the moving average.
-    state = 5 * 4 * after.parameters
-    assert [stage["bytes"] for stage in found["stages"]] == [128 * per_image + state, 256 * per_image + state]
+    assert [stage["batch_bytes"] for stage in found["stages"]] == [128 * per_image, 256 * per_image]
+    copies = [stage["bytes"] - stage["batch_bytes"] for stage in found["stages"]]
+    assert copies == [state_of_align(student), state_of_recover(student, gradients=2)]
+    sharded = plan("vit_tiny", default, keep="last:2", img_size=96, shard=True)["stages"]
+    assert sharded[0] == found["stages"][0]
+    assert sharded[1]["bytes"] == 256 * per_image + state_of_recover(student, gradients=1)
+
+
+def state_of_align(student):
+    """What is trained, less the weights: their gradients and AdamW's moments."""
+    AlignStage(student, student)
+    trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
+    student.requires_grad_(True)
+    return 4 * 3 * trained
+
+
+def state_of_recover(student, gradients):
+    """Gradients, two moments and the average of the student; an adapter for each mixer with gradient and moments."""
+    adapters = sum(isinstance(block, GspnBlock) for block in student.blocks) * (C * C + C)
+    return 4 * ((gradients + 3) * sum(p.numel() for p in student.parameters()) + 4 * adapters)
+
+
+@pytest.mark.parametrize("stage", ["align", "recover"])
+def test_copies_are_those_that_training_holds(default, make_teacher, stage):
+    """All that a stage keeps beyond its models after a step, without CUDA graphs as under FSDP."""
+    teacher = make_teacher()
+    student = build_student(teacher, (1,), {"proxy_dim": 4})
+    spec, held = getattr(default, stage), []
+    if stage == "align":
+        objective = AlignStage(student, teacher)
+    else:
+        objective = RecoverStage(student, teacher, spec.losses, torch.ones(2, 32))
+        held += [*Ema(student, 0.9).average.values(), *objective.adapters.parameters()]
+    parameters = [p for group in objective.groups(spec) for p in group["params"]]
+    optimizer = torch.optim.AdamW(parameters)
+    objective(torch.randn(2, 3, 32, 48, generator=torch.Generator().manual_seed(0)), 0.0)["loss"].backward()
+    optimizer.step()
+    held += [p.grad for p in parameters]
+    held += [state[key] for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
+    assert _copies(spec, student, shard=True) == sum(one.numel() for one in held)
+
+
+@pytest.mark.parametrize(("target", "gradients"), [("reduced", 1), ("previous", 2)])
+def test_copies_without_a_mixer_term(target, gradients):
+    """There is one graph and no adapter; the weights of a guide count as much as a second set of gradients would."""
+    hires = load_recipe("hires")
+    hires = replace(hires, curriculum=replace(hires.curriculum, target=target, sizes=(96,)))
+    (stage,) = plan("vit_tiny", hires, stages=(3,))["stages"]
+    student = build_student(load_teacher("vit_tiny", pretrained=False), range(DEPTH), hires.mixer.resolve(C))
+    expected = state_of_recover(student, gradients) - 4 * 4 * DEPTH * (C * C + C)
+    assert stage["bytes"] - stage["batch_bytes"] == expected
 
 
 def test_the_fit_of_a_vit_b_needs_less_than_4_gb(default):
@@ -102,7 +154,9 @@ def test_each_size_of_the_curriculum_is_planned_at_that_size():
             "stage": stage,
             "steps": steps,
             "images": steps * batch,
-            "bytes": batch * training_bytes(student, size, size) + 5 * 4 * after.parameters,
+            "bytes": batch * training_bytes(student, size, size)
+            + (state_of_align(student) if stage == "align" else state_of_recover(student, gradients=2)),
+            "batch_bytes": batch * training_bytes(student, size, size),
         }
         for stage, (steps, batch, size) in rows.items()
     ]
@@ -204,6 +258,11 @@ def test_a_dry_run_shows_each_size(run_cli):
     assert shown.exit_code == 0, shown.output
     rows = {words[0]: words[1:3] for line in shown.stdout.splitlines() if (words := line.split())}
     curriculum = load_recipe("hires").curriculum
+    assert "On one GPU, in fp32, with the gradients that CUDA graphs hold." in shown.stdout
+    assert f"up to {27_007_704 * 4 / 2**20:.3g} MiB more, for DDP" in " ".join(shown.stdout.split())
+    sharded = run_cli("distill", "--teacher", "dinov2_small", "--recipe", "hires", "--dry-run", "--shard").stdout
+    assert "each of n processes holds an n-th of this and of both models" in " ".join(sharded.split())
+    assert "27,007,704" in sharded
     for number, size in enumerate(curriculum.sizes):
         spec = curriculum.at(number)
         assert rows[f"curriculum-{size}"] == [f"{spec.steps:,}", f"{spec.steps * spec.batch_size:,}"]

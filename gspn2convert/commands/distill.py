@@ -35,11 +35,29 @@ def _show_plan(plan: Document, console: "Console") -> None:
         ("M MACs for one image", *(millions(plan["macs"][name]) for name in ("teacher", "student"))),
     ]
     show_table(console, ("", "teacher", "student"), rows)
-    stages = [(one["stage"], f"{one['steps']:,}", f"{one['images']:,}", gibi(one["bytes"])) for one in plan["stages"]]
+    stages = [
+        (one["stage"], f"{one['steps']:,}", f"{one['images']:,}", gibi(one["bytes"]), gibi(one["batch_bytes"]))
+        for one in plan["stages"]
+    ]
     if plan["fit_images"]:
-        stages.insert(0, ("fit", "-", f"{plan['fit_images']:,}", gibi(plan["fit_bytes"])))
-    show_table(console, ("stage", "steps", "images", "memory beyond the models"), stages)
+        stages.insert(0, ("fit", "-", f"{plan['fit_images']:,}", gibi(plan["fit_bytes"]), "-"))
+    show_table(console, ("stage", "steps", "images", "memory beyond the models", "of it for a batch"), stages)
+    console.print(_whose_memory(plan))
     console.print("Nothing was downloaded or written.")
+
+
+def _whose_memory(plan: Document) -> str:
+    """What the figures of memory hold, and what they leave out."""
+    if plan["shard"]:
+        return (
+            "In training (fp32) each of n processes holds an n-th of this and of both models, and the weights of the "
+            "block that computes. Not counted: the teacher's pass and the losses."
+        )
+    gradients = gibi(4 * plan["parameters"]["student"])
+    return (
+        "On one GPU, in fp32, with the gradients that CUDA graphs hold. Each of n processes needs an n-th of what is "
+        f"for a batch, and in training up to {gradients} more, for DDP. Not counted: the teacher's pass and the losses."
+    )
 
 
 def _blocks_of(plan: Document) -> str:
@@ -153,7 +171,8 @@ def command(
     if dry_run:
         from gspn2convert.plan import plan
 
-        return {"plan": plan(teacher, what, stages=how["stages"], img_size=img_size, keep=keep, student=student)}
+        more = {"stages": how["stages"], "shard": how["shard"]}
+        return {"plan": plan(teacher, what, img_size=img_size, keep=keep, student=student, **more)}
     images = data or (_DEMO if teacher == _DEMO else None)
     if images is None:
         raise click.UsageError("Missing option '--data': images to convert with (only --teacher demo brings its own)")
