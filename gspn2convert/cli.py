@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 failed or interrupted, 2 wrong use or unusable input.
 
 import errno
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -75,10 +76,14 @@ class _ToStderr(logging.Handler):
 def _start_logging(*, debug: bool) -> None:
     handler = _ToStderr()
     handler.setFormatter(logging.Formatter("%(message)s"))
+    level = logging.DEBUG if debug else logging.INFO
+    # torchrun and `accelerate launch` number a run's processes so. Of what all of them do alike, the first one tells.
+    if os.environ.get("RANK", "0") != "0":
+        level = logging.WARNING
     for name in ("gspn2convert", "gspn2_kernels"):
         logger = logging.getLogger(name)
         logger.handlers = [handler]
-        logger.setLevel(logging.DEBUG if debug else logging.INFO)
+        logger.setLevel(level)
 
 
 @click.group(

@@ -84,7 +84,7 @@ def the_error(result):
 
 
 def execute(*arguments, **options):
-    return subprocess.run([*PROGRAM, *arguments], capture_output=True, text=True, timeout=120, check=False, **options)
+    return subprocess.run([*PROGRAM, *arguments], capture_output=True, text=True, timeout=600, check=False, **options)
 
 
 @pytest.mark.parametrize("arguments", [[], ["-h"], ["--help"], *([name, "-h"] for name in COMMANDS)], ids=" ".join)
@@ -151,6 +151,24 @@ def test_distill_shows_the_blocks_that_were_chosen(place, run):
     layers = json.loads(run("describe {}/auto --json").stdout)["layers"]
     assert [layer["error"] is None for layer in layers] == [layer["layer"] in found["kept"] for layer in layers]
     assert "1 of 2 blocks keep attention, chosen automatically" in run(f"{line} --dry-run").stdout
+
+
+def test_of_two_processes_one_tells_what_both_do_and_both_warn(place, tmp_path):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *PROGRAM[1:]]
+    line = f"distill --teacher {place}/teacher --data {place}/data --recipe {place}/tiny.yaml --stages 1,2 --device cpu"
+    result = subprocess.run(
+        [*launch, *line.split(), "--output", tmp_path / "out"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("stage recover: held-out cosine raw") == 1
+    assert result.stderr.count("recover 2/2 loss") == 1
+    assert result.stderr.count("without a student to go on from, the mixers start at random") == 2
+    assert result.stdout.count(f"wrote {tmp_path}/out") == 1
 
 
 def test_dry_run_plans_and_writes_nothing(tmp_path, run):
