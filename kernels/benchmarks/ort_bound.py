@@ -52,7 +52,9 @@ def attempted(title: Row, function: Callable[..., Row], *arguments: Any, **named
 class Bound:
     """A session with its inputs and outputs bound to tensors; a call runs it and does not wait.
 
-    On a GPU it runs on the stream that is current when it is made.
+    On a GPU it runs on the stream that is current when it is made. Keep it until that stream has been waited for: ONNX
+    Runtime gives pinned memory back in a callback of the stream, and where that is the last to know the memory, CUDA
+    refuses ("cudaFreeHost: operation not permitted") and ends the process.
     """
 
     def __init__(

@@ -65,7 +65,8 @@ def copies(setting: Setting, dtype: str) -> Row:
     images = torch.randn(SMALL_IMAGES).to(setting.device, DTYPES[dtype])
     logits = torch.empty(len(images), 1000, dtype=images.dtype, device=setting.device)
     optimized = optimized_file(path)
-    Bound(path, {"image": images}, {"logits": logits}, library=True, optimized=optimized)()
+    session = Bound(path, {"image": images}, {"logits": logits}, library=True, optimized=optimized)
+    session()
     synchronize(setting.device)
     with torch.inference_mode():
         want = student.to(setting.device)(images.float())
