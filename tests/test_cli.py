@@ -160,7 +160,7 @@ def test_of_two_processes_one_tells_what_both_do_and_both_warn(place, tmp_path):
         [*launch, *line.split(), "--output", tmp_path / "out"],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         check=False,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
