@@ -65,3 +65,12 @@ def test_a_terminal_gets_a_bar_with_the_figures():
     assert "loss 0.25" in text
     assert "layer" not in text
     assert "kept the average" in text
+
+
+def test_a_narrow_terminal_cuts_the_figures_and_nothing_else():
+    stream = io.StringIO()
+    with Progress(console=Console(file=stream, force_terminal=True, width=64)) as progress:
+        progress.start("recover", 1000)
+        progress.advance(300, {"loss": 0.25, "patch": 0.0876, "smooth_l1": 0.0992, "prefix": 0.0216}, images=4)
+    line = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", stream.getvalue()).splitlines()[-1]
+    assert re.fullmatch(r"recover [━╺╸]+ +300/1000 [-\d:]+ loss .*…\s*", line)
