@@ -235,7 +235,9 @@ def _torchvision(name: str, root: str, split: str) -> Source:
         # timm's word for the split, as some of torchvision's datasets have no other than `val`.
         dataset = create_dataset(f"torch/{name}", root=root, split="train" if split == "train" else "validation")
     except AssertionError as error:
-        raise UserError(f"data torch/{name}: timm knows no torchvision dataset of this name") from error
+        raise UserError(
+            f"data torch/{name}: timm knows no torchvision dataset of this name; it writes them like fashion_mnist"
+        ) from error
     except (RuntimeError, OSError) as error:
         raise UserError(
             f"data torch/{name}: not found in {root!r}, and nothing is downloaded unasked; give its folder as "

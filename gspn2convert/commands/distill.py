@@ -151,7 +151,7 @@ def _show_selection(selection: Document, console: "Console") -> None:
 @click.option("--cache", "cached", is_flag=True, help="Decode the images once and make views on the device.")
 @click.option("--shard", is_flag=True, help="Spread the models in training over the processes (FSDP).")
 @click.option("--resume", is_flag=True, help="Go on where an interrupted run stopped.")
-@click.option("--dry-run", is_flag=True, help="Print the plan; nothing is downloaded or written.")
+@click.option("--dry-run", is_flag=True, help="Print the plan alone: no images, weights or output are looked at.")
 def command(
     teacher: str,
     recipe: str | None,

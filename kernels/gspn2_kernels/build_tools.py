@@ -13,7 +13,7 @@ _CUDA = "/usr/local/cuda"
 _INSTALL_HEADERS = (
     "install them (Debian and Ubuntu: apt install libonnxruntime-dev; conda: conda install -c conda-forge "
     "onnxruntime-cpp; else unpack an archive of https://github.com/microsoft/onnxruntime/releases) and, where they "
-    "lie elsewhere, set ORT_INCLUDE_DIR to the folder that holds it"
+    "lie elsewhere, name the folder that holds it by --include or ORT_INCLUDE_DIR"
 )
 
 

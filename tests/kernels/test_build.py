@@ -66,7 +66,7 @@ def test_missing_headers_say_how_to_get_them(monkeypatch: pytest.MonkeyPatch, tm
     with pytest.raises(BuildError, match=r"onnxruntime_cxx_api.h is not in .*usual; .*apt install libonnxruntime-dev"):
         build()
     monkeypatch.setenv("ORT_INCLUDE_DIR", str(tmp_path / "named"))
-    with pytest.raises(BuildError, match=r"is not in .*named; .*set ORT_INCLUDE_DIR"):
+    with pytest.raises(BuildError, match=r"is not in .*named; .*by --include or ORT_INCLUDE_DIR"):
         build()
     with pytest.raises(BuildError, match="is not in .*given; "):
         build(include=tmp_path / "given")
