@@ -1,11 +1,11 @@
-"""The ONNX op `ai.gspn2::LineScan` and its portable body.
+"""The ONNX ops `ai.gspn2::LineScan` and `ai.gspn2::AddNorm` and their portable bodies.
 
-Every exported file carries the body as a model-local function of standard ops, so it runs in any ONNX Runtime;
-a session that registers the project's library runs the library's kernel in its place.
+Every exported file carries the bodies as model-local functions of standard ops, so it runs in any ONNX Runtime;
+a session that registers the project's library runs the library's kernels in their place.
 
-The body obeys rules that each come from a runtime that failed: operators as they are since opset 18, no string
-attribute, Scan over axis 0 only, lists as tensor-valued Constants, anonymous dimensions inside Scan, fp32 state
-whatever the inputs are, an initial state that is not computed from the inputs.
+The body of LineScan obeys rules that each come from a runtime that failed: operators as they are since opset 18, no
+string attribute, Scan over axis 0 only, lists as tensor-valued Constants, anonymous dimensions inside Scan, fp32
+state whatever the inputs are, an initial state that is not computed from the inputs.
 
 Shapes: B batch, H W grid, C channels, G groups of D = C / G channels, K = 3 neighbours; T lines along the scan,
 M positions in a line, the leading 2 a direction and its reverse.
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 DOMAIN = "ai.gspn2"
 NAME = "LineScan"
+ADD_NORM = "AddNorm"
 VERSION = 1
 
 _INPUTS = """
@@ -129,6 +130,12 @@ _OUTPUT = """
    y = Reshape <allowzero: int = 1> (y_typed, shape)
 """
 
+_ADD_NORM = """
+   biased = Add (update, bias)
+   sum = Add (x, biased)
+   normed = LayerNormalization <axis: int = -1, epsilon: float = @epsilon> (sum, scale, shift)
+"""
+
 
 def line_scan_text(opset: int) -> str:
     """The body in ONNX's textual form, for a model of that opset."""
@@ -136,6 +143,12 @@ def line_scan_text(opset: int) -> str:
     rows = _pair("rows", forth=0, line_axis=1, position_axis=2, to_grid="2, 0, 3, 1, 4, 5")
     columns = _pair("columns", forth=2, line_axis=2, position_axis=1, to_grid="2, 3, 0, 1, 4, 5")
     return "\n".join([head, "{", _INPUTS, rows, columns, _OUTPUT, "}"])
+
+
+def add_norm_text(opset: int) -> str:
+    """The body of AddNorm, as `line_scan_text`."""
+    head = f'<opset_import: ["" : {opset}], domain: "{DOMAIN}">'
+    return f"{head}\n{ADD_NORM} <epsilon> (x, update, bias, scale, shift) => (sum, normed) {{{_ADD_NORM}}}"
 
 
 def _pair(prefix: str, *, forth: int, line_axis: int, position_axis: int, to_grid: str) -> str:
@@ -165,6 +178,22 @@ def line_scan_function(opset: int) -> onnx.FunctionProto:
 
     function = parser.parse_function(line_scan_text(opset))
     function.doc_string = "GSPN-2 line scan in four directions (arXiv 2512.07884): down, up, right, left."
+    return function
+
+
+def add_norm_function(opset: int) -> onnx.FunctionProto:
+    """Build the function `ai.gspn2::AddNorm(x, update, bias, scale, shift; epsilon)`.
+
+    sum = x + update + bias, and normed = LayerNorm(sum) * scale + shift over the last axis. x, update, sum and normed
+    are (..., C), scale and shift (C), bias (C) or (1).
+
+    Args:
+        opset: as for `line_scan_function`.
+    """
+    from onnx import parser
+
+    function = parser.parse_function(add_norm_text(opset))
+    function.doc_string = "A residual sum and its LayerNorm."
     return function
 
 

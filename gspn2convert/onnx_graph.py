@@ -14,7 +14,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from gspn2convert.onnx_function import DOMAIN, NAME, VERSION, line_scan_function, line_scan_translation
+from gspn2convert.onnx_function import (
+    DOMAIN,
+    NAME,
+    VERSION,
+    add_norm_function,
+    line_scan_function,
+    line_scan_translation,
+)
+from gspn2convert.onnx_norms import join_norms
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -63,8 +71,9 @@ def translate(
         _fold(graph)
     graph.ir_version = IR_VERSION
     _name_nodes(graph, {name for name, _ in model.named_modules()})
+    join_norms(graph)
     ClearMetadataAndDocStringPass()(graph)
-    _add_body(graph)  # last: the exporter's passes inline every function that they find
+    _add_bodies(graph)  # last: the exporter's passes inline every function that they find
     return graph
 
 
@@ -94,12 +103,14 @@ def save(graph: onnx_ir.Model, path: Path) -> None:
     onnx.checker.check_model(str(path), full_check=True)
 
 
-def _add_body(graph: onnx_ir.Model) -> None:
-    """Give the file the function body of LineScan."""
+def _add_bodies(graph: onnx_ir.Model) -> None:
+    """Give the file the function bodies of its nodes."""
     from onnx_ir import serde
 
-    function = serde.deserialize_function(line_scan_function(OPSET))
-    graph.functions[function.identifier()] = function
+    for proto in (line_scan_function(OPSET), add_norm_function(OPSET)):
+        if count_nodes(graph, proto.name, DOMAIN):
+            function = serde.deserialize_function(proto)
+            graph.functions[function.identifier()] = function
     graph.opset_imports.setdefault(DOMAIN, VERSION)
 
 

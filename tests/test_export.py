@@ -29,7 +29,7 @@ from gspn2convert.errors import UserError
 from gspn2convert.export import ParityError, export_onnx, export_safetensors
 from gspn2convert.mixer import Gspn2Mixer
 from gspn2convert.model import Gspn2Vit, build_student
-from gspn2convert.onnx_function import DOMAIN, NAME, line_scan_function
+from gspn2convert.onnx_function import ADD_NORM, DOMAIN, NAME, line_scan_function
 
 ONNX_TYPES = {
     torch.float32: TensorProto.FLOAT,
@@ -169,7 +169,7 @@ def check_file(path: Path, student: nn.Module, shapes: list[tuple[int, ...]], to
     model = onnx.load(path)
     assert model.ir_version == 10
     assert {(opset.domain, opset.version) for opset in model.opset_import} == {("", 20), (DOMAIN, 1)}
-    assert [(function.domain, function.name) for function in model.functions] == [(DOMAIN, NAME)]
+    assert {(function.domain, function.name) for function in model.functions} == {(DOMAIN, NAME), (DOMAIN, ADD_NORM)}
     assert not any(node.op_type == "Resize" for node in model.graph.node)
     machine = (str(Path(__file__).parents[1]), str(path.parent), str(Path(timm.__file__).parents[1]), sys.prefix, ".py")
     assert not [text for text in machine if text.encode() in path.read_bytes()]
@@ -187,7 +187,7 @@ def check_file(path: Path, student: nn.Module, shapes: list[tuple[int, ...]], to
 
 def line_scans(model: onnx.ModelProto) -> dict[str, int]:
     """Names of the LineScan nodes and their segments."""
-    nodes = [node for node in model.graph.node if node.domain == DOMAIN]
+    nodes = [node for node in model.graph.node if node.op_type == NAME]
     return {node.name: helper.get_node_attr_value(node, "segment") for node in nodes}
 
 
@@ -389,3 +389,17 @@ def test_safetensors_hold_the_weights(
     assert saved.keys() == weights.keys()
     assert all(torch.equal(saved[name], weights[name].to(torch_dtype)) for name in weights)
     assert result == {"path": str(path), "bytes": path.stat().st_size, "dtype": dtype, "tensors": len(weights)}
+
+
+@pytest.mark.parametrize("static", [None, (2, 3, 32, 48)], ids=["any size", "one size"])
+def test_residual_sums_and_their_norms_are_one_node(
+    make_student: Callable[..., Gspn2Vit], tmp_path: Path, static: tuple[int, int, int, int] | None
+) -> None:
+    student = make_student()
+    export_onnx(student, tmp_path / "model.onnx", static=static)
+    nodes = onnx.load(tmp_path / "model.onnx").graph.node
+    found = {node.name: list(node.input) for node in nodes if node.op_type == ADD_NORM}
+    # The first norm follows no residual, and the last one alone reads its sum.
+    assert [name.partition("/")[0] for name in found] == ["blocks.0.norm2", "blocks.1", "blocks.1.norm2"]
+    assert [inputs[2] for inputs in found.values()] == ["no_bias", "blocks.0.mlp.fc2.bias", "no_bias"]
+    assert sum(node.op_type == "LayerNormalization" for node in nodes) == 2

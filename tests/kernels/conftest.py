@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gspn2_kernels.build import BuildError, build
+from gspn2_kernels.build import BuildError, build, has_cuda, library_path
 
 
 @pytest.fixture(autouse=True)
@@ -45,3 +45,27 @@ def library(built_library: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The same, found by `onnx_op.register`."""
     monkeypatch.setenv("GSPN2_ORT_LIBRARY", str(built_library))
     return built_library
+
+
+@pytest.fixture(scope="session")
+def library_with_cuda(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The library that `onnx_op.register` finds, if it has CUDA kernels, else one for the device at hand."""
+    found = library_path()
+    if found is not None and has_cuda(found):
+        return found
+    major, minor = torch.cuda.get_device_capability()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("CUDAARCHS", f"{major}{minor}-real")
+        try:
+            return build(cuda=True)
+        except BuildError as error:
+            pytest.skip(str(error))
+
+
+@pytest.fixture
+def cuda_library(library_with_cuda: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The same, found by `onnx_op.register`."""
+    monkeypatch.setenv("GSPN2_ORT_LIBRARY", str(library_with_cuda))
+    yield library_with_cuda
+    torch.cuda.synchronize()

@@ -1,5 +1,5 @@
-// Runs the CPU line scan under sanitizers: random calls against a plain loop in double, every 16-bit number through
-// the conversions. Prints "N calls, N numbers: passed", or what differs and returns 1.
+// Runs the CPU kernels under sanitizers: random calls against plain loops in double, every 16-bit number through
+// the conversions. Prints "N line scans, N numbers, N sums with norms: passed", or what differs and returns 1.
 //   sanitize CALLS
 
 #include <cmath>
@@ -12,6 +12,7 @@
 #include <thread>
 #include <vector>
 
+#include "add_norm_cpu.h"
 #include "line_scan_cpu.h"
 
 using gspn2::Dtype;
@@ -182,6 +183,45 @@ bool RandomCall(std::mt19937* random) {
   return Agrees(s, t);
 }
 
+// sum = x + update + bias, and the norm of the sum as it is handed on.
+bool RandomNorm(std::mt19937* random) {
+  const auto draw = [&](int64_t below) { return static_cast<int64_t>((*random)() % below); };
+  const int64_t rows = draw(5), channels = draw(6) == 0 ? 8 * draw(30) : draw(40);
+  const auto dtype = static_cast<Dtype>(draw(3));
+  const bool one_bias = draw(2);
+  const int64_t all = rows * channels;
+  Tensor x(all, dtype), update(all, dtype), bias(one_bias ? 1 : channels, dtype), scale(channels, dtype);
+  Tensor shift(channels, dtype), sum(all, dtype), normed(all, dtype);
+  std::normal_distribution<float> normal;
+  for (Tensor* tensor : {&x, &update, &bias, &scale, &shift}) {
+    const int64_t count = tensor->bytes.size() / (dtype == Dtype::kFloat ? 4 : 2);
+    for (int64_t i = 0; i < count; ++i) tensor->Set(i, normal(*random) + 0.5f);
+  }
+  const gspn2::AddNorm call{rows, channels, one_bias, 1e-3f, x.bytes.data(), update.bytes.data(), bias.bytes.data(),
+                            scale.bytes.data(), shift.bytes.data(), sum.bytes.data(), normed.bytes.data()};
+  gspn2::AddNormCpu(call, dtype, ParallelFor, nullptr);
+  double error = 0, scale_of_error = 0;
+  for (int64_t row = 0; row < rows; ++row) {
+    double mean = 0, variance = 0;
+    for (int64_t c = 0; c < channels; ++c) mean += sum.Get(row * channels + c) / channels;
+    for (int64_t c = 0; c < channels; ++c) variance += std::pow(sum.Get(row * channels + c) - mean, 2) / channels;
+    for (int64_t c = 0; c < channels; ++c) {
+      const int64_t i = row * channels + c;
+      const double total = x.Get(i) + update.Get(i) + bias.Get(one_bias ? 0 : c);
+      const double want = (sum.Get(i) - mean) / std::sqrt(variance + call.epsilon) * scale.Get(c) + shift.Get(c);
+      error += std::pow(sum.Get(i) - total, 2) + std::pow(normed.Get(i) - want, 2);
+      scale_of_error += total * total + want * want;
+    }
+  }
+  const double limit = dtype == Dtype::kFloat ? 2e-6 : dtype == Dtype::kHalf ? 1e-3 : 4e-3;
+  const bool agrees = std::sqrt(error) <= limit * std::sqrt(scale_of_error);
+  if (!agrees) {
+    std::printf("%s %d rows of %d: relative error %g\n", kNames[static_cast<int>(dtype)], int(rows), int(channels),
+                std::sqrt(error / scale_of_error));
+  }
+  return agrees;
+}
+
 // All 16-bit numbers times another: on one line y = u (lam x) with one rounding at the end.
 bool Numbers(Dtype dtype, uint16_t factor) {
   const Shape s{1, 1, 1 << 16, 1, 1, 0};
@@ -209,7 +249,7 @@ int main(int, char** arguments) {
   const int calls = std::atoi(arguments[1]);
   std::mt19937 random(0);
   int failed = 0, numbers = 0;
-  for (int i = 0; i < calls; ++i) failed += !RandomCall(&random);
+  for (int i = 0; i < calls; ++i) failed += !RandomCall(&random) + !RandomNorm(&random);
   for (const Dtype dtype : {Dtype::kHalf, Dtype::kBfloat16}) {
     const int one = dtype == Dtype::kHalf ? 0x3c00 : 0x3f80;
     // 1, about 1/3, 0.003 and 150: ties, numbers that become subnormal, numbers that become infinite.
@@ -218,6 +258,8 @@ int main(int, char** arguments) {
       ++numbers;
     }
   }
-  if (failed == 0) std::printf("%d calls, %d numbers: passed\n", calls, numbers << 16);
+  if (failed == 0) {
+    std::printf("%d line scans, %d numbers, %d sums with norms: passed\n", calls, numbers << 16, calls);
+  }
   return failed != 0;
 }

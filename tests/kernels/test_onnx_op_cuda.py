@@ -1,9 +1,7 @@
 """The library's LineScan on ONNX Runtime's CUDA provider: numbers, errors, CUDA graphs, threads, a whole student."""
 
 import re
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import onnxruntime
@@ -13,7 +11,6 @@ from onnx import TensorProto, helper
 from torch import Tensor
 
 from gspn2_kernels import line_scan_ref, onnx_op
-from gspn2_kernels.build import BuildError, build, has_cuda, library_path
 from gspn2_kernels.testing import assert_close, random_inputs
 from gspn2convert.providers import CUDA
 from gspn2convert.session import KERNEL, onnx_session
@@ -32,29 +29,6 @@ ONNX_TYPES = {
 }
 TOLERANCES = {torch.float32: 2e-6, torch.float16: 4e-3, torch.bfloat16: 4e-3}
 every_dtype = pytest.mark.parametrize("dtype", ONNX_TYPES, ids=str)
-
-
-@pytest.fixture(scope="module")
-def library_with_cuda(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The library that `onnx_op.register` finds, if it has CUDA kernels, else one for the device at hand."""
-    found = library_path()
-    if found is not None and has_cuda(found):
-        return found
-    major, minor = torch.cuda.get_device_capability()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        patch.setenv("CUDAARCHS", f"{major}{minor}-real")
-        try:
-            return build(cuda=True)
-        except BuildError as error:
-            pytest.skip(str(error))
-
-
-@pytest.fixture
-def cuda_library(library_with_cuda: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.setenv("GSPN2_ORT_LIBRARY", str(library_with_cuda))
-    yield library_with_cuda
-    torch.cuda.synchronize()
 
 
 def scan_session(dtype: torch.dtype = torch.float32, segment: int = 0, **options: Any) -> onnxruntime.InferenceSession:

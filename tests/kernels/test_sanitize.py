@@ -1,4 +1,4 @@
-"""The CPU line scan under AddressSanitizer and UBSan, on both kinds of processors that it is compiled for."""
+"""The CPU kernels under AddressSanitizer and UBSan, on both kinds of processors that it is compiled for."""
 
 import os
 import platform
@@ -42,17 +42,24 @@ def test_no_sanitizer_complains(processor: str, tmp_path: Path) -> None:
         pytest.skip("needs a processor with AVX2")
     objects = [
         compile_into(
-            tmp_path / f"{name}.o", "-c", SOURCES / "line_scan_task.cc", f"-DGSPN2_PROCESSOR={name}", *PROCESSORS[name]
+            tmp_path / f"{task}-{name}.o", "-c", SOURCES / f"{task}.cc", f"-DGSPN2_PROCESSOR={name}", *PROCESSORS[name]
         )
         for name in {"generic", processor}
+        for task in ("line_scan_task", "add_norm_task")
     ]
     with_avx2 = ["-DGSPN2_WITH_AVX2"] if processor == "avx2" else []
     program = compile_into(
-        tmp_path / "sanitize", *with_avx2, SOURCES / "line_scan_cpu.cc", PROGRAM, *objects, "-pthread"
+        tmp_path / "sanitize",
+        *with_avx2,
+        SOURCES / "line_scan_cpu.cc",
+        SOURCES / "add_norm_cpu.cc",
+        PROGRAM,
+        *objects,
+        "-pthread",
     )
     done = subprocess.run([program, "1000"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout == "1000 calls, 524288 numbers: passed\n"
+    assert done.stdout == "1000 line scans, 524288 numbers, 1000 sums with norms: passed\n"
 
 
 def cpu_flags() -> list[str]:

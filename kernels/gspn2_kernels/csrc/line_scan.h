@@ -3,14 +3,14 @@
 
 #include <cstdint>
 
+#include "dtype.h"
+
 namespace gspn2 {
 
 // segment is 0 for one scan over the whole grid, else the number of lines after which a scan restarts.
 struct Shape {
   int64_t batch, height, width, channels, groups, segment;
 };
-
-enum class Dtype { kFloat, kHalf, kBfloat16 };
 
 #ifdef GSPN2_CUDA
 // x (B,H,W,C), lam and u (B,H,W,4,C), logits (B,H,W,4,G,3), y (B,H,W,4,C), contiguous, on the device of `stream`.

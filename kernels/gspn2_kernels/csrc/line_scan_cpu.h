@@ -1,16 +1,10 @@
 // The line scan on a CPU; kernels/README.md has its definition.
 #pragma once
 
-#include <cstddef>
-
 #include "line_scan.h"
+#include "parallel.h"
 
 namespace gspn2 {
-
-// Runs task(data, i) once for each i below count, in any order and on any threads, and returns when all are done.
-// A task throws nothing.
-using Task = void (*)(void* data, size_t i);
-using ParallelFor = void (*)(void* pool, size_t count, Task task, void* data);
 
 // x (B,H,W,C), lam and u (B,H,W,4,C), logits (B,H,W,4,G,3), y (B,H,W,4,C), contiguous; the shape must be valid.
 // Returns nullptr, or what went wrong.
