@@ -26,8 +26,13 @@ class States {
     const int position_lane = lane / Tile::kChannelLanes;
     const int position = (line_warp * Tile::kPositionLanes + position_lane) * P;
     const int channel = channel_warp * Tile::kChannels + lane % Tile::kChannelLanes * V;
-    values_ = channel_warp * layout_.region + SlotOf(position, Tile::kSkew) * Tile::kRow +
-              lane % Tile::kChannelLanes * Tile::kVectorBytes;
+    const int byte = lane % Tile::kChannelLanes * Tile::kVectorBytes;
+    const int chunk = channel_warp * Tile::kRowChunks + byte / kChunk;
+#pragma unroll
+    for (int p = 0; p < P; ++p) {
+      values_[p] = layout_.template Place<Tile>(position + p, chunk) + byte % kChunk;
+      Keep(values_[p]);
+    }
     // Channels beyond the last are computed like it and not written.
     const int group = min(job.channel + channel, scan.channels - 1) / (scan.channels / scan.groups) - job.group;
     weight_ = group * layout_.held + position;
@@ -38,7 +43,7 @@ class States {
     const int row = scan.channel_warps * Tile::kChannels, zeros = layout_.edges + channel * 4;
     own_edge_ = zeros + (2 * line_warp + (first_lane_ ? 2 : 3)) * row * 4;
     other_edge_ = shares_line_ ? own_edge_ + (first_lane_ ? -4 * row : 4 * row) : zeros;
-    Keep(values_), Keep(weight_), Keep(own_edge_), Keep(other_edge_);
+    Keep(weight_), Keep(own_edge_), Keep(other_edge_);
     Restart();
   }
 
@@ -60,13 +65,13 @@ class States {
   __device__ void Advance(int stage, const float4* weights, int buffer, bool first) {
     float before[V], after[V], sum[V], next[V];
     Exchange(before, after, buffer ^ 1, first);
-    char* const values = shared_memory + (values_ + stage * layout_.stage);
-    Inflow(sum, values);
+    char* const line = shared_memory + stage * layout_.stage;
+    Inflow(sum, line + values_[0]);
     float4 w = weights[weight_], next_w = w;
 #pragma unroll
     for (int p = 0; p < P; ++p, w = next_w) {
       if (p + 1 < P) {
-        Inflow(next, values + (p + 1) * Tile::kRow);
+        Inflow(next, line + values_[p + 1]);
         next_w = weights[weight_ + p + 1];
 #pragma unroll
         for (int v = 0; v < V; ++v) next[v] = fmaf(next_w.x, h_[p][v], next[v]);
@@ -78,7 +83,7 @@ class States {
         if (p == 0) h_[p][v] = fmaf(w.x, before[v], h_[p][v]);
         sum[v] = next[v];
       }
-      Outflow(h_[p], values + p * Tile::kRow);
+      Outflow(h_[p], line + values_[p]);
     }
     if (shares_line_ && first_lane_) ToWords<float>(h_[0]).Write(Edge(own_edge_, buffer));
     if (shares_line_ && last_lane_) ToWords<float>(h_[P - 1]).Write(Edge(own_edge_, buffer));
@@ -126,7 +131,7 @@ class States {
 
   float h_[P][V];
   const Layout& layout_;
-  int values_, own_edge_, other_edge_, weight_;
+  int values_[P], own_edge_, other_edge_, weight_;
   bool first_lane_, last_lane_, shares_line_;
 };
 

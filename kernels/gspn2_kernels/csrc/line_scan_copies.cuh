@@ -41,15 +41,15 @@ class Copies {
  public:
   __device__ Copies(const Scan& scan, const Job& job) : layout_(scan.layout) {
     constexpr int kSize = sizeof(typename Tile::Number);
-    const int chunks = Tile::kRowChunks * scan.channel_warps;
-    const int chunk = job.mover % chunks, channel = job.channel + chunk * (kChunk / kSize);
+    const int chunks = layout_.chunks, chunk = job.mover % chunks;
+    const int channel = job.channel + chunk * (kChunk / kSize);
     position_ = job.mover / chunks;
     stride_ = kLanes * scan.line_warps / Tile::kRowChunks;
     positions_ = job.lines.positions;
     limit_ = channel < scan.channels ? positions_ : 0;
-    shared_ = chunk / Tile::kRowChunks * layout_.region + chunk % Tile::kRowChunks * kChunk +
-              SlotOf(position_, Tile::kSkew) * Tile::kRow;
-    shared_pass_ = SlotOf(stride_, Tile::kSkew) * Tile::kRow;
+    shared_ = layout_.template Place<Tile>(position_, chunk);
+    // Chunks are turned alike in all passes: the stride is a multiple of 16 positions.
+    shared_pass_ = stride_ * chunks * kChunk;
 
     const int pixel = kSize * scan.channels;
     step_ = job.lines.step * pixel;

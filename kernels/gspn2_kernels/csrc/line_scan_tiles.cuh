@@ -25,12 +25,9 @@ struct Tile {
   static constexpr int kHeld = kPositionLanes * P;  // positions of a warp
   static constexpr int kChannels = CL * V;  // channels of a warp
   static constexpr int kVectorBytes = V * static_cast<int>(sizeof(T));
-  static constexpr int kRow = CL * kVectorBytes;  // bytes of a position in a warp's share of a tensor
-  static constexpr int kRowChunks = kRow / kChunk;
+  static constexpr int kRowChunks = CL * kVectorBytes / kChunk;  // of a position in a warp's share of a tensor
   static constexpr int kPasses = (P * kVectorBytes + kChunk - 1) / kChunk;  // copies of a thread, line and tensor
   static constexpr int kLogitSlot = sizeof(T) == 2 ? 8 : 16;
-  // Lanes read rows P apart. Where P is even, a row is left out after every 128 bytes, or they would share banks.
-  static constexpr int kSkew = P % 2 ? 0 : kBanks / kRow;
   // Whether copies and weights may be left to warps of their own: the more so, the less the other warps have to do.
   static constexpr bool kMayBeHelped = kVectorBytes < kChunk;
   // Threads of a block at most: they share 65536 registers.
@@ -38,10 +35,6 @@ struct Tile {
   // Short lines are soon done: there, what counts is that all blocks of a large batch are resident.
   static constexpr int kResident = kVectorBytes == kChunk && P == 1 ? 2 : 1;
 };
-
-__host__ __device__ inline int SlotOf(int position, int skew) {
-  return skew ? position + position / skew : position;
-}
 
 // Lines, positions of a line, and pixels between lines, between positions and before the first line of a scan.
 struct Direction {
@@ -60,21 +53,32 @@ __host__ __device__ inline Direction DirectionOf(int direction, int height, int 
   return d;
 }
 
-// Offsets in shared memory. A stage holds a line of x, lam and u; y takes the place of u. In a tensor lies a region
-// for each warp of channels, in it a row for each position.
+// Offsets in shared memory. A stage holds a line of x, lam and u; y takes the place of u. In a tensor, positions follow
+// each other, each with the channels of all warps: what lies side by side in global memory does so here. A copy of 128
+// bytes is then one request to L2; to places further apart, it would be a request for every 32 bytes.
 struct Layout {
-  int held, region, tensor, stage;
+  int held, chunks, turn_shift, turn_mask, tensor, stage;
   int weights, weight_buffer, logits, logit_stage, edges, edge_buffer, total;
+
+  // Where a chunk of a position lies in a tensor. Lanes read positions that are P apart, from the same banks if chunks
+  // kept their order in every 128 bytes: they are turned by a number that differs between these lanes.
+  template <class Tile>
+  __device__ int Place(int position, int chunk) const {
+    const int at = position * chunks + chunk, turn = at / (kBanks / kChunk) >> turn_shift & turn_mask;
+    return (at ^ turn * Tile::kRowChunks) * kChunk;
+  }
 };
 
 template <class Tile>
 Layout LayoutOf(int line_warps, int channel_warps, int groups) {
   Layout l;
   l.held = Tile::kHeld * line_warps;
-  const int rows = (SlotOf(l.held - 1, Tile::kSkew) + 1) * Tile::kRow;
-  // Eight lanes copy 128 bytes of one or more positions; the rest of the division spreads them over all banks.
-  l.region = (rows + kBanks - 1) / kBanks * kBanks + (channel_warps > 1 ? kBanks / channel_warps : 0);
-  l.tensor = l.region * channel_warps;
+  l.chunks = Tile::kRowChunks * channel_warps;
+  // Of P and of the warps, how often 2 goes into their product: there are 1, 2 or 4 warps, and up to 5 positions.
+  const int twos = (Tile::kPositions % 4 == 0 ? 2 : Tile::kPositions % 2 == 0) + channel_warps / 2;
+  l.turn_shift = twos > 2 ? twos - 2 : 0;
+  l.turn_mask = twos > 1 ? 3 : twos;
+  l.tensor = (l.held * l.chunks * kChunk + kBanks - 1) / kBanks * kBanks;
   l.stage = 3 * l.tensor;
   l.weights = Tile::kStages * l.stage;
   l.weight_buffer = groups * l.held * static_cast<int>(sizeof(float4));
