@@ -2,7 +2,7 @@
 
     python tests/kernels/cuda_line_scan.py --output kernels/benchmarks/results/cuda_line_scan_h100.json
 
-Shapes: B batch, H W grid, C channels, G groups. A plan is (wide, positions, stages, line_warps, channel_warps,
+Shapes: B batch, H W grid, C channels, G groups. A plan is (kind, positions, stages, line_warps, channel_warps,
 helped), see `Plan` in line_scan.cu.
 """
 
@@ -177,12 +177,13 @@ def compared(library: Library) -> Iterator[dict[str, Any]]:
     for dtype in DTYPES:
         inputs = draw((2, 9, 10, 16), 1, dtype, shift=1)
         yield {"dtype": str(dtype), "case": "misaligned", **(check(library, inputs, 4) or {})}
-        inputs = draw((1, 53, 37, 64), 2, dtype)
-        ref = line_scan_ref(*(t.double() for t in inputs), 20)
-        for plan in plans(53, 64 * inputs[0].element_size()):
-            found = check(library, inputs, 20, plan, ref)
-            if found is not None:
-                yield {"dtype": str(dtype), "case": "plan", "plan": plan, **found}
+        for height, width in ((53, 37), (19, 31)):
+            inputs = draw((1, height, width, 64), 2, dtype)
+            ref = line_scan_ref(*(t.double() for t in inputs), 20)
+            for plan in plans(max(height, width), 64 * inputs[0].element_size()):
+                found = check(library, inputs, 20, plan, ref)
+                if found is not None:
+                    yield {"dtype": str(dtype), "case": "plan", "plan": plan, "length": max(height, width), **found}
 
 
 def plans(length: int, row: int) -> Iterator[tuple[int, ...]]:
@@ -194,6 +195,9 @@ def plans(length: int, row: int) -> Iterator[tuple[int, ...]]:
     for positions, stages in ((1, 3), (2, 3), (4, 3), (4, 2)):
         for helped in (0, 1):
             yield 0, positions, stages, -(-length // (8 * positions)), 1, helped
+    for positions in (1, 2, 3, 4):
+        for words in (1, 2):
+            yield 2, positions, words, 1, 1, 0
 
 
 def milliseconds(function: Callable[[], object], launches: int, replays: int) -> float:

@@ -20,14 +20,14 @@ extern "C" const char* choose(const int64_t* s, int dtype, void* const* p, int* 
   Plan plan = {};
   if (const char* text = TextOf(Query(&device))) return text;
   if (!Choose(ShapeOf(s), (Dtype)dtype, ScanOf(p), device, &plan)) return "no plan";
-  const int numbers[] = {plan.wide, plan.positions, plan.stages, plan.line_warps, plan.channel_warps, plan.helped};
+  const int numbers[] = {(int)plan.kind, plan.positions, plan.stages, plan.line_warps, plan.channel_warps, plan.helped};
   std::copy(numbers, numbers + 6, out);
   return nullptr;
 }
 
 extern "C" const char* scan_by_plan(const int64_t* s, int dtype, void* const* p, void* stream, const int* n) {
   const Shape shape = ShapeOf(s);
-  const Plan plan = {n[0] != 0, n[1], n[2], n[3], n[4], n[5] != 0};
+  const Plan plan = {(Kind)n[0], n[1], n[2], n[3], n[4], n[5] != 0};
   Device device;
   if (const char* text = TextOf(Query(&device))) return text;
   if (!Fits(shape, (Dtype)dtype, plan, device)) return "does not fit";

@@ -8,15 +8,20 @@
 #include <climits>
 
 #include "line_scan.cuh"
+#include "line_scan_direct.cuh"
 
 #ifdef GSPN2_CUDA
 namespace gspn2 {
 namespace {
 
-// How a block is made up. Wide tiles hold 16 bytes of channels a lane, for throughput; thin ones 4 bytes, so that few
-// channels keep many warps busy. positions is 0 for the plain kernel, which holds channel_warps channels a block.
+// Wide tiles hold 16 bytes of channels a lane, for throughput; thin ones 4 bytes, so that few channels keep many warps
+// busy. A direct kernel is a warp a block, for the fewest.
+enum class Kind { kThin, kWide, kDirect };
+
+// How a block is made up. positions is 0 for the plain kernel, which holds channel_warps channels a block. What stages
+// is to a thin tile, the words of channels a lane are to a direct kernel.
 struct Plan {
-  bool wide;
+  Kind kind;
   int positions, stages, line_warps, channel_warps;
   bool helped;
 };
@@ -62,10 +67,33 @@ Kernel ThinKernel(int positions, int stages) {
   }
 }
 
+template <typename T, int V, int P>
+Kernel DirectKernelOf() {
+  // What it has of shared memory is its own.
+  return {reinterpret_cast<const void*>(&DirectKernel<DirectTile<T, V, P>>), kLanes * P, V, kLanes,
+          [](int, int, int) { return Layout{}; }};
+}
+
+template <typename T, int V>
+Kernel DirectKernelOf(int positions) {
+  switch (positions) {
+    case 1: return DirectKernelOf<T, V, 1>();
+    case 2: return DirectKernelOf<T, V, 2>();
+    case 3: return DirectKernelOf<T, V, 3>();
+    default: return DirectKernelOf<T, V, 4>();
+  }
+}
+
 template <typename T>
 Kernel Find(const Plan& plan) {
+  constexpr int kWord = 4 / sizeof(T);
   if (plan.positions == 0) return {reinterpret_cast<const void*>(&PlainKernel<T>), 0, 1, 256, nullptr};
-  return plan.wide ? WideKernel<T>(plan.positions) : ThinKernel<T>(plan.positions, plan.stages);
+  switch (plan.kind) {
+    case Kind::kWide: return WideKernel<T>(plan.positions);
+    case Kind::kThin: return ThinKernel<T>(plan.positions, plan.stages);
+    default: break;
+  }
+  return plan.stages == 1 ? DirectKernelOf<T, kWord>(plan.positions) : DirectKernelOf<T, 2 * kWord>(plan.positions);
 }
 
 Kernel Find(Dtype dtype, const Plan& plan) {
@@ -94,11 +122,25 @@ int ThreadsOf(const Plan& plan) { return plan.line_warps * plan.channel_warps * 
 bool Fits(const Shape& shape, Dtype dtype, const Plan& plan, const Device& device) {
   const Kernel kernel = Find(dtype, plan);
   if (ThreadsOf(plan) > kernel.threads) return false;
+  if (kernel.held * plan.line_warps < std::max(shape.height, shape.width)) return false;
   const int groups = GroupsHeld(shape, plan.channel_warps * kernel.channels);
   // Offsets are ints; no line that is near their end would fit.
   const int64_t rough = int64_t{16} * groups * kernel.held * plan.line_warps;
   return rough < device.shared_bytes &&
          kernel.layout(plan.line_warps, plan.channel_warps, groups).total <= device.shared_bytes;
+}
+
+// Few warps, which have a multiprocessor for one or two of them, and lines that a warp can hold.
+bool ChooseDirect(const Shape& shape, Dtype dtype, const Device& device, Plan* plan) {
+  const int64_t length = std::max(shape.height, shape.width);
+  for (const int words : {2, 1}) {
+    const int64_t vector = words * 4 / SizeOf(dtype);
+    if (length > 4 * kLanes || shape.channels / shape.groups % vector) continue;
+    if (4 * shape.batch * shape.channels / vector > 2 * device.processors) return false;
+    *plan = {Kind::kDirect, static_cast<int>(Quotient<int64_t>(length, kLanes)), words, 1, 1, false};
+    return true;
+  }
+  return false;
 }
 
 // Few warps that are wide: four along the channels, if that leaves a block for each multiprocessor, and as many along
@@ -117,7 +159,7 @@ bool ChooseWide(const Shape& shape, Dtype dtype, const Device& device, Plan* pla
     const int64_t positions = Quotient(length, line_warps * lanes);
     // Without the warps that would hold nothing.
     line_warps = Quotient(length, positions * lanes);
-    *plan = {true, static_cast<int>(positions), 0, static_cast<int>(line_warps), channel_warps, false};
+    *plan = {Kind::kWide, static_cast<int>(positions), 0, static_cast<int>(line_warps), channel_warps, false};
     if (Fits(shape, dtype, *plan, device)) return true;
   }
   return false;
@@ -129,7 +171,7 @@ bool ChooseThin(const Shape& shape, Dtype dtype, const Device& device, Plan* pla
   if (shape.channels / shape.groups % vector || length > kLanes * 4 * lanes) return false;
   const int64_t positions = length <= 32 ? 1 : length <= 128 ? 2 : 4;
   for (const int stages : {3, 2}) {
-    *plan = {false, static_cast<int>(positions), stages, static_cast<int>(Quotient(length, positions * lanes)), 1,
+    *plan = {Kind::kThin, static_cast<int>(positions), stages, static_cast<int>(Quotient(length, positions * lanes)), 1,
              length <= kLanes / 2 * positions * lanes};
     if (Fits(shape, dtype, *plan, device)) return true;
   }
@@ -140,7 +182,7 @@ bool ChoosePlain(const Shape& shape, const Device& device, Plan* plan) {
   const int64_t length = std::max(shape.height, shape.width);
   int64_t channels = std::min<int64_t>(shape.channels, 8);
   while (channels > 1 && 2 * length * channels * 4 > device.shared_bytes) --channels;
-  *plan = {false, 0, 0, 1, static_cast<int>(channels), false};
+  *plan = {Kind::kThin, 0, 0, 1, static_cast<int>(channels), false};
   return 2 * length * channels * 4 <= device.shared_bytes;
 }
 
@@ -155,7 +197,8 @@ bool CanCopy(const Shape& shape, Dtype dtype, const Scan& scan) {
 
 bool Choose(const Shape& shape, Dtype dtype, const Scan& scan, const Device& device, Plan* plan) {
   if (CanCopy(shape, dtype, scan) &&
-      (ChooseWide(shape, dtype, device, plan) || ChooseThin(shape, dtype, device, plan)))
+      (ChooseDirect(shape, dtype, device, plan) || ChooseWide(shape, dtype, device, plan) ||
+       ChooseThin(shape, dtype, device, plan)))
     return true;
   return ChoosePlain(shape, device, plan);
 }

@@ -121,11 +121,26 @@ class Copies {
   int step_, pass_, position_, stride_, positions_, limit_, shared_, shared_pass_;
 };
 
+// Logits from a slot; 16-bit ones are in the two words that they touch.
+template <typename T>
+__device__ inline float4 ReadLogits(const char* slot, int index) {
+  if constexpr (sizeof(T) == 4) {
+    return *reinterpret_cast<const float4*>(slot);
+  } else {
+    const uint2 words = *reinterpret_cast<const uint2*>(slot);
+    const int shift = (index & 1) * 16;
+    const float2 pair = Unpack(__funnelshift_r(words.x, words.y, shift), T());
+    const float2 third = Unpack(words.y >> shift, T());
+    return make_float4(pair.x, pair.y, third.x, 0.0f);
+  }
+}
+
 // Turns logits into weights. A thread asks for the logits of its own positions, and needs no barrier to read them.
 template <class Tile>
 class Weights {
  public:
-  static constexpr int kSize = sizeof(typename Tile::Number);
+  using T = typename Tile::Number;
+  static constexpr int kSize = sizeof(T);
 
   __device__ Weights(const Scan& scan, const Job& job) : layout_(scan.layout) {
     const int last = min(job.channel + scan.channel_warps * Tile::kChannels, scan.channels) - 1;
@@ -167,7 +182,7 @@ class Weights {
 
  private:
   __device__ char* Slot(int stage, int item) const {
-    return shared_memory + (layout_.logits + stage * layout_.logit_stage + item * Tile::kLogitSlot);
+    return shared_memory + (layout_.logits + stage * layout_.logit_stage + item * kLogitSlot<T>);
   }
 
   // 16-bit logits come as the two words that they touch, since copies are of 4 bytes at least.
@@ -179,21 +194,9 @@ class Weights {
   __device__ void ComputeOne(int stage, int buffer, int q, int group) const {
     if (q >= positions_) return;
     const int item = group * layout_.held + q;
-    const float4 a = Read(Slot(stage, item), index_ + group);
+    const float4 a = ReadLogits<T>(Slot(stage, item), index_ + group);
     const float4 w = Normalise(a.x, a.y, a.z, q == 0, q == positions_ - 1);
     *Weight(buffer, item) = w;
-  }
-
-  __device__ static float4 Read(const char* slot, int index) {
-    if constexpr (kSize == 4) {
-      return *reinterpret_cast<const float4*>(slot);
-    } else {
-      const uint2 words = *reinterpret_cast<const uint2*>(slot);
-      const int shift = (index & 1) * 16;
-      const float2 pair = Unpack(__funnelshift_r(words.x, words.y, shift), typename Tile::Number());
-      const float2 third = Unpack(words.y >> shift, typename Tile::Number());
-      return make_float4(pair.x, pair.y, third.x, 0.0f);
-    }
   }
 
   // All positions and groups of a thread but the first.

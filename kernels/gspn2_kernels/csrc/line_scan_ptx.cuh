@@ -22,6 +22,14 @@ __device__ inline void CopyAsync16(bool wanted, void* shared, const void* global
                : "memory");
 }
 
+// Copies of 4 or 8 bytes, through L1.
+template <int kBytes>
+__device__ inline void CopyAsync(bool wanted, void* shared, const void* global) {
+  asm volatile("{.reg .pred p; setp.ne.b32 p, %0, 0; @p cp.async.ca.shared.global [%1], [%2], %3;}" ::"r"(+wanted),
+               "r"(SharedAddress(shared)), "l"(global), "n"(kBytes)
+               : "memory");
+}
+
 // Copies words that lie side by side, through L1.
 template <int kWords>
 __device__ inline void CopyWordsAsync(bool wanted, void* shared, const void* global) {
@@ -54,6 +62,17 @@ __device__ inline void Store16(bool wanted, void* global, uint4 v) {
       "{.reg .pred p; setp.ne.b32 p, %0, 0; @p st.global.v4.b32 [%1], {%2, %3, %4, %5};}" ::"r"(+wanted), "l"(global),
       "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
       : "memory");
+}
+
+__device__ inline void StoreWords(bool wanted, void* global, const uint32_t (&w)[1]) {
+  asm volatile("{.reg .pred p; setp.ne.b32 p, %0, 0; @p st.global.b32 [%1], %2;}" ::"r"(+wanted), "l"(global), "r"(w[0])
+               : "memory");
+}
+
+__device__ inline void StoreWords(bool wanted, void* global, const uint32_t (&w)[2]) {
+  asm volatile("{.reg .pred p; setp.ne.b32 p, %0, 0; @p st.global.v2.b32 [%1], {%2, %3};}" ::"r"(+wanted), "l"(global),
+               "r"(w[0]), "r"(w[1])
+               : "memory");
 }
 
 __device__ inline float Exp2(float a) {

@@ -16,6 +16,9 @@ constexpr int kLanes = 32;
 constexpr int kChunk = 16;  // bytes of one asynchronous copy
 constexpr int kBanks = 128;  // bytes that shared memory serves at once
 
+template <typename T>
+constexpr int kLogitSlot = sizeof(T) == 2 ? 8 : 16;  // bytes of three logits
+
 // The sizes of a compiled kernel. `kStages` lines are in shared memory: one in use, the others under way.
 template <typename T, int V, int CL, int P, int kStages_>
 struct Tile {
@@ -27,7 +30,6 @@ struct Tile {
   static constexpr int kVectorBytes = V * static_cast<int>(sizeof(T));
   static constexpr int kRowChunks = CL * kVectorBytes / kChunk;  // of a position in a warp's share of a tensor
   static constexpr int kPasses = (P * kVectorBytes + kChunk - 1) / kChunk;  // copies of a thread, line and tensor
-  static constexpr int kLogitSlot = sizeof(T) == 2 ? 8 : 16;
   // Whether copies and weights may be left to warps of their own: the more so, the less the other warps have to do.
   static constexpr bool kMayBeHelped = kVectorBytes < kChunk;
   // Threads of a block at most: they share 65536 registers.
@@ -83,7 +85,7 @@ Layout LayoutOf(int line_warps, int channel_warps, int groups) {
   l.weights = Tile::kStages * l.stage;
   l.weight_buffer = groups * l.held * static_cast<int>(sizeof(float4));
   l.logits = l.weights + 2 * l.weight_buffer;
-  l.logit_stage = groups * l.held * Tile::kLogitSlot;
+  l.logit_stage = groups * l.held * kLogitSlot<typename Tile::Number>;
   l.edges = l.logits + Tile::kStages * l.logit_stage;
   // The first and the last states of each warp of a line, and of one more at each end, which stay 0. A warp that has
   // the line to itself needs but one row of zeros.
