@@ -222,7 +222,7 @@ def _preload(runtime: Any) -> None:  # noqa: ANN401
     _log.debug("onnxruntime.preload_dlls: %s", printed.getvalue())
 
 
-def _start(runtime: Any, path: Path, providers: list[str], library: bool | None) -> tuple[Any, Path | None]:  # noqa: ANN401
+def _start(runtime: Any, path: Path, providers: list[str], library: bool | None) -> tuple[Any, Path | None]:  # noqa: ANN401 - no types there
     """Open a file with what suits the providers; the session, and the library that it has."""
     options = runtime.SessionOptions()
     options.log_severity_level = 3

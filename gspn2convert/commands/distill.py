@@ -171,8 +171,10 @@ def command(
     if dry_run:
         from gspn2convert.plan import plan
 
-        more = {"stages": how["stages"], "shard": how["shard"]}
-        return {"plan": plan(teacher, what, img_size=img_size, keep=keep, student=student, **more)}
+        found = plan(
+            teacher, what, stages=how["stages"], img_size=img_size, keep=keep, student=student, shard=how["shard"]
+        )
+        return {"plan": found}
     images = data or (_DEMO if teacher == _DEMO else None)
     if images is None:
         raise click.UsageError("Missing option '--data': images to convert with (only --teacher demo brings its own)")

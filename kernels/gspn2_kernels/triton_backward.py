@@ -5,7 +5,8 @@ The derivation is in `kernels/README.md`. With g_i the gradient of the state of 
     g_i = u_i dy_i + W_(i+1)^T g_(i+1)      du = h dy      dlam = x g      dx = sum over directions of lam g
 
 Only g moves between lanes. Shifted, it serves the transposed step and, at the lane it came to, the sums over channels
-of g_i[j +- 1] h_(i-1)[j], from which the logits' gradients follow; these are one number a lane and move once more.
+of g_i[j +- 1] h_(i-1)[j]; these are one number a lane and move once more. A warp writes its two sums of a position, L
+and R, and a second kernel makes gradients of logits of them.
 """
 
 import triton
@@ -32,7 +33,7 @@ from gspn2_kernels.triton_tiles import (
 
 @triton.jit(do_not_specialize=SIZES)
 def line_scan_bwd_kernel(
-    x, lam, logits, u, dy, states, dx, dlam, du, dlogits, scratch, first, last, launch, H, W, segment, state_scale,
+    x, lam, logits, u, dy, states, dx, dlam, du, sums, scratch, first, last, launch, H, W, segment, state_scale,
     sxb, slb, sab, sub, syb, C: tl.constexpr, GC: tl.constexpr, SX: tl.constexpr, SL: tl.constexpr, SLD: tl.constexpr,
     SA: tl.constexpr, SAD: tl.constexpr, SAG: tl.constexpr, SU: tl.constexpr, SUD: tl.constexpr, SY: tl.constexpr,
     SYD: tl.constexpr, WC: tl.constexpr, GRID: tl.constexpr, WP: tl.constexpr, CL: tl.constexpr, BC: tl.constexpr,
@@ -41,7 +42,7 @@ def line_scan_bwd_kernel(
     """Scan lines `first` to `last`, counted from the last line, of one direction of one image backwards.
 
     Programs and inputs as in `line_scan_fwd_kernel`; dx, dlam and du are contiguous (B, H, W, 4, C), a share of dx for
-    each direction. Every warp of channels writes its own share of dlogits (shares, B, 4, T, M, 4), line by line;
+    each direction. Every warp of channels writes its own share of L and R (shares, B, 4, T, M, 2), line by line;
     nothing is added up in memory, so the result does not depend on who comes first.
     """
     i_d, i_b = tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -60,12 +61,12 @@ def line_scan_bwd_kernel(
     o_out = i_b * (H * W * 4 * C) + i_d * C + (r_pixel * (4 * C))[:, None] + r_v
     p_dx, p_dl, p_du = dx + o_out, dlam + o_out, du + o_out
     o_share = (r_c // (CL * BC)).to(tl.int64) * tl.num_programs(2) * 4 + i_b * 4 + i_d
-    p_da = dlogits + (o_share * (H * W * 4) + r_q * 4)[:, None] + tl.arange(0, 4)[None, :]
+    p_lr = sums + (o_share * (H * W * 2) + r_q * 2)[:, None] + tl.arange(0, 2)[None, :]
     block = (i_b * 4 + i_d) * (tl.num_programs(0) // GRID) + tl.program_id(0) // GRID
     low = tl.program_id(0) % GRID * own
     _scan(
         first, tl.minimum(last, T), launch, T, segment, state_scale, step, across, M, origin, p_x, p_l, p_u, p_y, p_s,
-        p_a, p_dx, p_dl, p_du, p_da, scratch + block * (2 * tl.maximum(H, W) * WC * CL * BC), o_q, r_q, low,
+        p_a, p_dx, p_dl, p_du, p_lr, scratch + block * (2 * tl.maximum(H, W) * WC * CL * BC), o_q, r_q, low,
         tl.minimum(low + own, M), C, SX, SL, SU, SY, SA, WC, GRID, WP, CL, BC, P, NS,
     )  # fmt: skip
 
@@ -73,7 +74,7 @@ def line_scan_bwd_kernel(
 @triton.jit
 def _scan(
     first, last, launch, T, segment, state_scale, step, across, M, origin, p_x, p_l, p_u, p_y, p_s, p_a, p_dx, p_dl,
-    p_du, p_da, p_g, o_q, r_q, low, high, C: tl.constexpr, SX: tl.constexpr, SL: tl.constexpr, SU: tl.constexpr,
+    p_du, p_lr, p_g, o_q, r_q, low, high, C: tl.constexpr, SX: tl.constexpr, SL: tl.constexpr, SU: tl.constexpr,
     SY: tl.constexpr, SA: tl.constexpr, WC: tl.constexpr, GRID: tl.constexpr, WP: tl.constexpr, CL: tl.constexpr,
     BC: tl.constexpr, P: tl.constexpr, NS: tl.constexpr,
 ):  # fmt: skip
@@ -90,7 +91,7 @@ def _scan(
             b_g = get(p_g, launch % 2, M, origin, WC, CL, BC, P)
     b_g, b_h = _lines(
         b_g, b_h, first, last, T, segment, state_scale, step, across, M, p_x, p_l, p_u, p_y, p_s, p_a, p_dx, p_dl,
-        p_du, p_da, o_q, r_q, low, high, C, SX, SL, SU, SY, SA, WC, GRID, WP, CL, BC, P, NS,
+        p_du, p_lr, o_q, r_q, low, high, C, SX, SL, SU, SY, SA, WC, GRID, WP, CL, BC, P, NS,
     )  # fmt: skip
     if GRID > 1:
         put(b_g, p_g, (launch + 1) % 2, M, origin, low, high, WC, CL, BC, P)
@@ -99,7 +100,7 @@ def _scan(
 @triton.jit
 def _lines(
     b_g, b_h, first, last, T, segment, state_scale, step, across, M, p_x, p_l, p_u, p_y, p_s, p_a, p_dx, p_dl, p_du,
-    p_da, o_q, r_q, low, high, C: tl.constexpr, SX: tl.constexpr, SL: tl.constexpr, SU: tl.constexpr,
+    p_lr, o_q, r_q, low, high, C: tl.constexpr, SX: tl.constexpr, SL: tl.constexpr, SU: tl.constexpr,
     SY: tl.constexpr, SA: tl.constexpr, WC: tl.constexpr, GRID: tl.constexpr, WP: tl.constexpr,
     CL: tl.constexpr, BC: tl.constexpr, P: tl.constexpr, NS: tl.constexpr,
 ):  # fmt: skip
@@ -109,20 +110,20 @@ def _lines(
         keep = tl.where(i % segment == 0, 0.0, 1.0)
         b_g, b_h = _step(
             b_g, b_h, keep, i, i * step, M, across, state_scale, p_x, p_l, p_u, p_y, p_s, p_a, p_dx, p_dl, p_du,
-            p_da, o_q, r_q, low, high, C, SX, SL, SU, SY, SA, WC, GRID, WP, CL, BC, P,
+            p_lr, o_q, r_q, low, high, C, SX, SL, SU, SY, SA, WC, GRID, WP, CL, BC, P,
         )  # fmt: skip
     return b_g, b_h
 
 
 @triton.jit
 def _step(
-    b_g, b_h, keep, i, o_line, M, across, state_scale, p_x, p_l, p_u, p_y, p_s, p_a, p_dx, p_dl, p_du, p_da,
+    b_g, b_h, keep, i, o_line, M, across, state_scale, p_x, p_l, p_u, p_y, p_s, p_a, p_dx, p_dl, p_du, p_lr,
     o_q, r_q, low, high, C: tl.constexpr, SX: tl.constexpr, SL: tl.constexpr, SU: tl.constexpr, SY: tl.constexpr,
     SA: tl.constexpr, WC: tl.constexpr, GRID: tl.constexpr, WP: tl.constexpr, CL: tl.constexpr,
     BC: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """Write the gradients of one line; return what its g adds to the line before, and the states of that line."""
-    b_full, b_before, b_w, b_1s = (), (), (), ()
+    b_full, b_before, b_w = (), (), ()
     for p in tl.static_range(P):
         o = o_line + p * across
         m_load, m_all = within(o_q + p, 0, M, GRID), within(r_q + p, 0, M, GRID)
@@ -137,7 +138,6 @@ def _step(
         m_first, m_last = outside | (r_q + p == 0), outside | (r_q + p == M - 1)
         w0, w1, w2 = weights(b_a, m_first, m_last, keep, WC * 32)
         b_w = b_w + ((per_lane(w0, WC), per_lane(w1, WC), per_lane(w2, WC)),)
-        b_1s = b_1s + (complements(b_a, m_first, m_last, WC * 32),)
         b_t = b_g[p] + b_u * b_dy
         b_full = b_full + (b_t,)
         b_before = b_before + (to_state(b_s, WC, WP, CL, BC),)
@@ -146,9 +146,7 @@ def _step(
         tl.store(p_dx + o * (4 * C), to_rows(b_l * b_t, WC, BC).to(p_dx.dtype.element_ty), mask=m_own)
         tl.store(p_dl + o * (4 * C), to_rows(b_x * b_t, WC, BC).to(p_dl.dtype.element_ty), mask=m_own)
     b_next, b_left, b_mid, b_right = _transposed_step(b_full, b_before, b_w, WC, CL, BC, P)
-    _logit_gradients(
-        b_left, b_mid, b_right, b_w, b_1s, state_scale, p_da + i * (M * 4), r_q, low, high, WC, GRID, CL, P
-    )  # fmt: skip
+    _write_sums(b_left, b_mid, b_right, state_scale, p_lr + i * (M * 2), r_q, low, high, WC, GRID, CL, P)
     return b_next, b_before
 
 
@@ -178,27 +176,20 @@ def _transposed_step(b_g, b_h, b_w, WC: tl.constexpr, CL: tl.constexpr, BC: tl.c
 
 
 @triton.jit
-def _logit_gradients(
-    b_left, b_mid, b_right, b_w, b_1s, state_scale, p_da, r_q, low, high, WC: tl.constexpr, GRID: tl.constexpr,
+def _write_sums(
+    b_left, b_mid, b_right, state_scale, p_lr, r_q, low, high, WC: tl.constexpr, GRID: tl.constexpr,
     CL: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    """Write dlogits_k = (1 - s_k) w_k (dw_k - sum_m w_m dw_m) of one line, summed over the channels of a warp."""
+    """Write L and R of one line, sums of g[j] (h[j - 1] - h[j]) and g[j] (h[j + 1] - h[j]) over a warp's channels."""
     before, after = neighbour_lanes(CL)
     to_left, to_right = tl.broadcast_to(after[:, None], (32, WC)), tl.broadcast_to(before[:, None], (32, WC))
     l_before, r_after = tl.gather(b_left[P - 1], to_right, 0), tl.gather(b_right[0], to_left, 0)
     for p in tl.static_range(P):
-        # The weights sum to 1, so dw_k counts only against dw_1.
         b_l = ((l_before if p == 0 else b_left[p - 1]) - b_mid[p]) * state_scale
         b_r = ((r_after if p == P - 1 else b_right[p + 1]) - b_mid[p]) * state_scale
-        w0, w1, w2 = b_w[p]
-        b_t = w0 * b_l + w2 * b_r
-        s0, s1, s2 = b_1s[p]
-        d0 = per_row(_over_channels(w0 * (b_l - b_t), WC, CL), WC) * s0
-        d1 = per_row(_over_channels(-w1 * b_t, WC, CL), WC) * s1
-        d2 = per_row(_over_channels(w2 * (b_r - b_t), WC, CL), WC) * s2
-        b_da = tl.reshape(tl.join(tl.join(d0, d2), tl.join(d1, tl.zeros_like(d1))), (WC * 32, 4))
+        b_lr = tl.join(per_row(_over_channels(b_l, WC, CL), WC), per_row(_over_channels(b_r, WC, CL), WC))
         m_own = within(r_q + p, low, high, GRID) & (tl.arange(0, WC * 32) % CL == 0)[:, None]
-        tl.store(p_da + p * 4, b_da, mask=m_own)
+        tl.store(p_lr + p * 2, b_lr, mask=m_own)
 
 
 @triton.jit
@@ -214,14 +205,15 @@ def _over_channels(v, WC: tl.constexpr, CL: tl.constexpr):
     return v
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("H", "W", "segment"))
 def sum_shares_kernel(
-    shares, weight_shares, dx, dlogits, H, W, C: tl.constexpr, G: tl.constexpr, TILES: tl.constexpr,
-    TH: tl.constexpr, TW: tl.constexpr, BLOCK_C: tl.constexpr,
+    shares, sums, logits, dx, dlogits, H, W, segment, sab, C: tl.constexpr, G: tl.constexpr, SA: tl.constexpr,
+    SAD: tl.constexpr, SAG: tl.constexpr, TILES: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Add up the shares of dx over the directions, and those of dlogits over the tiles of a group, for TH x TW pixels.
+    """Add up the shares of dx over the directions, and L and R over the tiles of a group, for TH x TW pixels.
 
-    The shares of dlogits lie line by line, as the scans wrote them, and a line is a row or a column: a block of both
+    The shares of L and R lie line by line, as the scans wrote them, and a line is a row or a column: a block of both
     reads either in runs. dlogits lies pixel by pixel.
     """
     i_b = tl.program_id(1).to(tl.int64)
@@ -235,17 +227,33 @@ def sum_shares_kernel(
     for i_d in tl.static_range(4):
         b_x += tl.load(shares + o_x * 4 + i_d * C + o_c[None, :], mask=m_x, other=0.0).to(tl.float32)
     tl.store(dx + o_x + o_c[None, :], b_x.to(dx.dtype.element_ty), mask=m_x)
-    o_k = tl.arange(0, 4)[None, :]
-    m_k = there[:, None] & (o_k < 3)
+    p_a = logits + i_b * sab + (o_p * SA)[:, None] + tl.arange(0, 4)[None, :]
     for i_d in tl.static_range(4):
-        if i_d < 2:
-            o_line = (row if i_d == 0 else H - 1 - row) * W + column
-        else:
-            o_line = (column if i_d == 2 else W - 1 - column) * H + row
+        line = row if i_d == 0 else H - 1 - row if i_d == 1 else column if i_d == 2 else W - 1 - column
+        q = column if i_d < 2 else row
+        M = W if i_d < 2 else H
+        keep = tl.where(line % segment == 0, 0.0, 1.0)
         for i_g in tl.static_range(G):
-            b_w = tl.zeros((TH * TW, 4), tl.float32)
+            b_lr = tl.zeros((TH * TW, 2), tl.float32)
             for i_t in range(i_g * TILES // G, (i_g + 1) * TILES // G):
-                o_w = ((i_t * tl.num_programs(1) + i_b) * 4 + i_d) * (H * W) + o_line
-                b_w += tl.load(weight_shares + o_w[:, None] * 4 + o_k, mask=m_k, other=0.0)
+                o_w = ((i_t * tl.num_programs(1) + i_b) * 4 + i_d) * (H * W) + line * M + q
+                b_lr += tl.load(sums + o_w[:, None] * 2 + tl.arange(0, 2)[None, :], mask=there[:, None], other=0.0)
+            b_a = tl.load(p_a + i_d * SAD + i_g * SAG, mask=there[:, None], other=0.0)
+            b_da = _logit_gradients(b_lr, b_a, q == 0, q == M - 1, keep, TH * TW)
+            o_k = tl.arange(0, 4)[None, :]
             o_a = (((i_b * (H * W) + o_p) * 4 + i_d) * G + i_g)[:, None] * 3 + o_k
-            tl.store(dlogits + o_a, b_w.to(dlogits.dtype.element_ty), mask=m_k)
+            tl.store(dlogits + o_a, b_da.to(dlogits.dtype.element_ty), mask=there[:, None] & (o_k < 3))
+
+
+@triton.jit
+def _logit_gradients(b_lr, b_a, first, last, keep, rows: tl.constexpr):
+    """Compute dlogits_k = (1 - s_k) w_k (dw_k - sum_m w_m dw_m) of (rows, 4) logits, the last of them padding.
+
+    The weights sum to 1, so dw_k counts only against dw_1: L for k = 0, R for k = 2.
+    """
+    b_l, b_r = tl.split(b_lr)
+    w0, w1, w2 = weights(b_a, first, last, keep, rows)
+    s0, s1, s2 = complements(b_a, first, last, rows)
+    b_t = w0 * b_l + w2 * b_r
+    d0, d1, d2 = w0 * (b_l - b_t) * s0, -w1 * b_t * s1, w2 * (b_r - b_t) * s2
+    return tl.reshape(tl.join(tl.join(d0, d2), tl.join(d1, tl.zeros_like(d1))), (rows, 4))

@@ -109,16 +109,16 @@ def line_scan_bwd(
     del constants["AHEAD"]
     _check_offsets(x, lam, logits, u, dy)
     tiles = triton.cdiv(channels, chosen.tile)
-    weight_shares = torch.empty(tiles, batch, 4, height * width, 4, dtype=torch.float32, device=x.device)
+    sums = torch.empty(tiles, batch, 4, height * width, 2, dtype=torch.float32, device=x.device)
     scratch = _scratch(x, chosen)
     with torch.cuda.device_of(x):
         for launch, first, last in _launches(x, chosen):
             line_scan_bwd_kernel[_grid(x, chosen)](
-                x, lam, logits, u, dy, states, shares, dlam, du, weight_shares, scratch, first, last, launch, height,
+                x, lam, logits, u, dy, states, shares, dlam, du, sums, scratch, first, last, launch, height,
                 width, segment or height + width, _state_scale(x), x.stride(0), lam.stride(0), logits.stride(0),
                 u.stride(0), dy.stride(0), **constants, num_warps=chosen.WC,
             )  # fmt: skip
-        _sum_shares(shares, weight_shares, dx, dlogits)
+        _sum_shares(shares, sums, logits, segment, dx, dlogits)
     return dx, dlam, dlogits, du
 
 
@@ -129,15 +129,16 @@ def empty_states(x: Tensor) -> Tensor:
     return torch.empty(batch, 4, height * width, channels, dtype=dtype, device=x.device)
 
 
-def _sum_shares(shares: Tensor, weight_shares: Tensor, dx: Tensor, dlogits: Tensor) -> None:
+def _sum_shares(shares: Tensor, sums: Tensor, logits: Tensor, segment: int, dx: Tensor, dlogits: Tensor) -> None:
     batch, height, width, channels = dx.shape
     wide = triton.next_power_of_2(channels)
     pixels = max(1, _SUMMED // wide)
     rows = 1 << (pixels.bit_length() - 1) // 2
     columns = pixels // rows
     sum_shares_kernel[(triton.cdiv(height, rows) * triton.cdiv(width, columns), batch)](
-        shares, weight_shares, dx, dlogits, height, width, C=channels, G=dlogits.shape[4],
-        TILES=weight_shares.shape[0], TH=rows, TW=columns, BLOCK_C=wide,
+        shares, sums, logits, dx, dlogits, height, width, segment or height + width, logits.stride(0), C=channels,
+        G=dlogits.shape[4], SA=logits.stride(2), SAD=logits.stride(3), SAG=logits.stride(4), TILES=sums.shape[0],
+        TH=rows, TW=columns, BLOCK_C=wide,
     )  # fmt: skip
 
 

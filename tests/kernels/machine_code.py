@@ -43,7 +43,7 @@ def describe(kernel: triton.JITFunction, chosen: Plan, strides: dict[str, int]) 
     constants = {name: value for name, value in {**strides, **chosen._asdict()}.items() if name in kernel.arg_names}
     types = {name: "*bf16" for name in kernel.arg_names}
     types |= dict.fromkeys(INTEGERS, "i32") | {"state_scale": "fp32", "states": "*fp16", "scratch": "*fp32"}
-    types |= {"dlogits": "*fp32"} | dict.fromkeys(constants, "constexpr")
+    types |= {"sums": "*fp32"} | dict.fromkeys(constants, "constexpr")
     signature = {name: types[name] for name in kernel.arg_names}
     aligned = {
         (i,): [["tt.divisibility", 16]]

@@ -23,9 +23,9 @@ def loops() -> dict[str, dict[str, int]]:
 
 # Five positions of a lane, with x, lam, u and the logits of each on their way to shared memory; for the backward, dy
 # and the states as well. Eight channels go to either side; the backward also moves two weights and two sums, and adds
-# three numbers up over the two lanes of each position.
+# two numbers up over the two lanes of each position.
 @pytest.mark.parametrize(
-    ("kernel", "copies", "shuffles"), [("infer", 20, 16), ("train", 20, 16), ("backward", 30, 16 + 4 + 15)]
+    ("kernel", "copies", "shuffles"), [("infer", 20, 16), ("train", 20, 16), ("backward", 30, 16 + 4 + 10)]
 )
 def test_loop_copies_ahead_and_keeps_its_state_in_registers(loops, kernel: str, copies: int, shuffles: int) -> None:
     loop = loops[kernel]
