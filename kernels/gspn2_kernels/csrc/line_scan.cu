@@ -143,7 +143,7 @@ bool ChooseDirect(const Shape& shape, Dtype dtype, const Device& device, Plan* p
   return false;
 }
 
-// Few warps that are wide: four along the channels, if that leaves a block for each multiprocessor, and as many along
+// Few warps that are wide: four along the channels, if that leaves a block for most multiprocessors, and as many along
 // the line as keep a lane to five positions, or more while multiprocessors have less than three.
 bool ChooseWide(const Shape& shape, Dtype dtype, const Device& device, Plan* plan) {
   const int64_t vector = kChunk / SizeOf(dtype), tiles = Quotient(shape.channels, 2 * vector);
@@ -152,7 +152,7 @@ bool ChooseWide(const Shape& shape, Dtype dtype, const Device& device, Plan* pla
   if (4 * shape.batch * tiles < 64) return false;
   for (const int channel_warps : {4, 2, 1}) {
     const int64_t blocks = 4 * shape.batch * Quotient<int64_t>(tiles, channel_warps);
-    if (channel_warps > 1 && (tiles % channel_warps || blocks * 10 < int64_t{device.processors} * 9)) continue;
+    if (channel_warps > 1 && (tiles % channel_warps || blocks * 10 < int64_t{device.processors} * 7)) continue;
     int64_t line_warps = Quotient(length, 5 * lanes);
     while (blocks * channel_warps * line_warps < 3 * device.processors && line_warps * lanes < length) line_warps *= 2;
     if (line_warps > kLanes) continue;
