@@ -64,11 +64,6 @@ __device__ inline void Store16(bool wanted, void* global, uint4 v) {
       : "memory");
 }
 
-__device__ inline void StoreWords(bool wanted, void* global, const uint32_t (&w)[1]) {
-  asm volatile("{.reg .pred p; setp.ne.b32 p, %0, 0; @p st.global.b32 [%1], %2;}" ::"r"(+wanted), "l"(global), "r"(w[0])
-               : "memory");
-}
-
 __device__ inline void StoreWords(bool wanted, void* global, const uint32_t (&w)[2]) {
   asm volatile("{.reg .pred p; setp.ne.b32 p, %0, 0; @p st.global.v2.b32 [%1], {%2, %3};}" ::"r"(+wanted), "l"(global),
                "r"(w[0]), "r"(w[1])
