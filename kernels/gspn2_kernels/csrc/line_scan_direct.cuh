@@ -45,7 +45,7 @@ class PairCopies {
     half_step_ = kHalf * across;
     pair_step_ = 2 * step - half_step_;
     pass_ = static_cast<uint32_t>(kPassPositions) * static_cast<uint32_t>(across);
-    Keep(pass_), Keep(limit_);
+    Keep(half_step_), Keep(pair_step_), Keep(pass_), Keep(limit_);
     // Of the half before the first: a step is made before each use.
     from_ = reinterpret_cast<intptr_t>(from) + position * across + word * kBytes + second * step - pair_step_;
     to_ = to + Tile::PlaceOf(position) * kSlot + word * kBytes + second * Tile::kStage;
@@ -54,7 +54,7 @@ class PairCopies {
   // Asks for half of the positions of two lines, where there are such: the first half if `line` is the first of the
   // two, an even one, or else the second half. Has to be called for every line, in order.
   __device__ void Load(int line) {
-    const int odd = line % 2, pair = line - odd;
+    const int odd = line & 1, pair = line - odd;
     const int limit = pair < lines_ ? limit_ - odd * kHalf : 0;
     char* const to = to_ + Tile::StageOf(pair) + odd * (kHalf / Tile::kPositions * kSlot);
     // Steps first: hardware reads the address of a copy late, and would hold up the step to the next.

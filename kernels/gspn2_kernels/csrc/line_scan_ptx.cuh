@@ -10,6 +10,7 @@ namespace gspn2 {
 
 // Keeps a number in a register, where the compiler would rather compute it anew for every line.
 __device__ inline void Keep(int& number) { asm volatile("" : "+r"(number)); }
+__device__ inline void Keep(int64_t& number) { asm volatile("" : "+l"(number)); }
 
 __device__ inline uint32_t SharedAddress(const void* shared) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
