@@ -195,9 +195,8 @@ def plans(length: int, row: int) -> Iterator[tuple[int, ...]]:
     for positions, stages in ((1, 3), (2, 3), (4, 3), (4, 2)):
         for helped in (0, 1):
             yield 0, positions, stages, -(-length // (8 * positions)), 1, helped
-    for positions in (1, 2, 3, 4):
-        for words in (1, 2):
-            yield 2, positions, words, 1, 1, 0
+    for positions in (1, 2):
+        yield 2, positions, 0, 1, 1, 0
 
 
 def milliseconds(function: Callable[[], object], launches: int, replays: int) -> float:

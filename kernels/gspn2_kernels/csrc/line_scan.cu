@@ -18,8 +18,8 @@ namespace {
 // busy. A direct kernel is a warp a block, for the fewest.
 enum class Kind { kThin, kWide, kDirect };
 
-// How a block is made up. positions is 0 for the plain kernel, which holds channel_warps channels a block. What stages
-// is to a thin tile, the words of channels a lane are to a direct kernel.
+// How a block is made up. positions is 0 for the plain kernel, which holds channel_warps channels a block; stages
+// matters to thin tiles only.
 struct Plan {
   Kind kind;
   int positions, stages, line_warps, channel_warps;
@@ -67,33 +67,21 @@ Kernel ThinKernel(int positions, int stages) {
   }
 }
 
-template <typename T, int V, int P>
+template <class Tile>
 Kernel DirectKernelOf() {
   // What it has of shared memory is its own.
-  return {reinterpret_cast<const void*>(&DirectKernel<DirectTile<T, V, P>>), kLanes * P, V, kLanes,
+  return {reinterpret_cast<const void*>(&DirectKernel<Tile>), kLanes * Tile::kPositions, Tile::kVector, kLanes,
           [](int, int, int) { return Layout{}; }};
-}
-
-template <typename T, int V>
-Kernel DirectKernelOf(int positions) {
-  switch (positions) {
-    case 1: return DirectKernelOf<T, V, 1>();
-    case 2: return DirectKernelOf<T, V, 2>();
-    case 3: return DirectKernelOf<T, V, 3>();
-    default: return DirectKernelOf<T, V, 4>();
-  }
 }
 
 template <typename T>
 Kernel Find(const Plan& plan) {
-  constexpr int kWord = 4 / sizeof(T);
   if (plan.positions == 0) return {reinterpret_cast<const void*>(&PlainKernel<T>), 0, 1, 256, nullptr};
   switch (plan.kind) {
     case Kind::kWide: return WideKernel<T>(plan.positions);
     case Kind::kThin: return ThinKernel<T>(plan.positions, plan.stages);
-    default: break;
+    default: return plan.positions == 1 ? DirectKernelOf<DirectTile<T, 1>>() : DirectKernelOf<DirectTile<T, 2>>();
   }
-  return plan.stages == 1 ? DirectKernelOf<T, kWord>(plan.positions) : DirectKernelOf<T, 2 * kWord>(plan.positions);
 }
 
 Kernel Find(Dtype dtype, const Plan& plan) {
@@ -130,17 +118,13 @@ bool Fits(const Shape& shape, Dtype dtype, const Plan& plan, const Device& devic
          kernel.layout(plan.line_warps, plan.channel_warps, groups).total <= device.shared_bytes;
 }
 
-// Few warps, which have a multiprocessor for one or two of them, and lines that a warp can hold.
+// Few warps, which have a multiprocessor each, and lines that a warp can hold.
 bool ChooseDirect(const Shape& shape, Dtype dtype, const Device& device, Plan* plan) {
-  const int64_t length = std::max(shape.height, shape.width);
-  for (const int words : {2, 1}) {
-    const int64_t vector = words * 4 / SizeOf(dtype);
-    if (length > 4 * kLanes || shape.channels / shape.groups % vector) continue;
-    if (4 * shape.batch * shape.channels / vector > 2 * device.processors) return false;
-    *plan = {Kind::kDirect, static_cast<int>(Quotient<int64_t>(length, kLanes)), words, 1, 1, false};
-    return true;
-  }
-  return false;
+  const int64_t length = std::max(shape.height, shape.width), vector = 8 / SizeOf(dtype);
+  if (length > 2 * kLanes || shape.channels / shape.groups % vector) return false;
+  if (4 * shape.batch * shape.channels / vector > device.processors) return false;
+  *plan = {Kind::kDirect, static_cast<int>(Quotient<int64_t>(length, kLanes)), 0, 1, 1, false};
+  return true;
 }
 
 // Few warps that are wide: four along the channels, if that leaves a block for most multiprocessors, and as many along

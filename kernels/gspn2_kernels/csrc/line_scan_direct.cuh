@@ -1,99 +1,180 @@
 // The kernel for a small batch, where time goes by the length of what a line waits for: warps on their own.
 //
-// A block is one warp, which scans one direction of one image for V channels and holds the whole line: a lane has P
-// adjacent positions. A lane copies what it alone reads, kStages - 1 lines ahead, so that there are no barriers. Only
-// the states of a lane's outermost positions go to its neighbours, by shuffles. Of each sector in L2 a warp uses a
-// part: for a large batch, that is too much traffic.
+// A block is one warp, which scans one direction of one image for two words of channels and holds the whole line: a
+// lane has P adjacent positions. Copies run lines ahead, so that there are no barriers but the warp's own. Only the
+// states of a lane's outermost positions go to its neighbours, by shuffles. Of each sector in L2 a warp uses a part:
+// for a large batch, that is too much traffic.
+//
+// What limits it is the tag stage of L1, which takes about two cycles for every 128 bytes that an instruction touches
+// a part of. One warp keeps it busy. Positions of lam, u and y are further apart than that: each costs a tag. The
+// words of a position's logits, and x and logits of two lines where these are columns, lie close together: lanes side
+// by side copy them in one instruction. To spread the work, each line comes with half of the positions of two lines.
 #pragma once
 
 #include "line_scan_copies.cuh"
 
 namespace gspn2 {
 
-template <typename T, int V, int P>
+template <typename T, int P>
 struct DirectTile {
   using Number = T;
-  // With eight stages, five lines are on their way while a line waits: more than DRAM's latency.
-  static constexpr int kVector = V, kPositions = P, kStages = 8;
-  static constexpr int kVectorBytes = V * static_cast<int>(sizeof(T));
-  // Offsets in a stage, where the lanes' words lie side by side, then those of their next positions.
+  static constexpr int kVectorBytes = 8, kVector = kVectorBytes / sizeof(T), kPositions = P;
+  // Lines between asking for a line and using it: more than DRAM's latency. Pairs of lines, and logits that are used a
+  // line early, make for three stages more.
+  static constexpr int kAhead = 5, kStages = kAhead + 3;
   static constexpr int kTensor = kLanes * P * kVectorBytes, kLogits = 3 * kTensor;
   static constexpr int kStage = kLogits + kLanes * P * kLogitSlot<T>;
+
+  // Where the stage of a line begins, and which place a position has in a stage: the lanes' first positions lie side
+  // by side, then their next ones.
+  __device__ static int StageOf(int line) { return static_cast<unsigned>(line) % kStages * kStage; }
+  __device__ static int PlaceOf(int position) { return position % P * kLanes + position / P; }
 };
 
-// Copies of lines of x, lam, u and logits into the lane's own slots, and y on its way back.
+// Copies of kWords words, of kBytes each, at every position of two lines at once.
+template <class Tile, int kWords, int kBytes, int kSlot>
+class PairCopies {
+ public:
+  // `from` is where the first word of position 0 is in the first line.
+  __device__ PairCopies(const Direction& lines, const char* from, int pixel, char* to) {
+    const int lane = threadIdx.x, word = lane % kWordLanes, second = lane / kWordLanes % 2;
+    const int position = lane / (2 * kWordLanes);
+    lines_ = lines.lines - second;
+    limit_ = word < kWords ? lines.positions - position : 0;
+    const int64_t across = int64_t{lines.across} * pixel, step = int64_t{lines.step} * pixel;
+    half_step_ = kHalf * across;
+    pair_step_ = 2 * step - half_step_;
+    pass_ = static_cast<uint32_t>(kPassPositions) * static_cast<uint32_t>(across);
+    Keep(half_step_), Keep(pair_step_), Keep(pass_), Keep(limit_);
+    // Of the half before the first: a step is made before each use.
+    from_ = reinterpret_cast<intptr_t>(from) + position * across + word * kBytes + second * step - pair_step_;
+    to_ = to + Tile::PlaceOf(position) * kSlot + word * kBytes + second * Tile::kStage;
+  }
+
+  // Asks for half of the positions of two lines, where there are such: the first half if `line` is the first of the
+  // two, an even one, or else the second half. Has to be called for every line, in order.
+  __device__ void Load(int line) {
+    const int odd = line & 1, pair = line - odd;
+    const int limit = pair < lines_ ? limit_ - odd * kHalf : 0;
+    char* const to = to_ + Tile::StageOf(pair) + odd * (kHalf / Tile::kPositions * kSlot);
+    // Steps first: hardware reads the address of a copy late, and would hold up the step to the next.
+    from_ += odd ? half_step_ : pair_step_;
+#pragma unroll
+    for (int pass = 0; pass < kHalf / kPassPositions; ++pass) {
+      const int64_t from = from_ + int64_t{pass} * pass_;
+      CopyAsync<kBytes>(pass * kPassPositions < limit, to + pass * (kPassPositions / Tile::kPositions) * kSlot,
+                        reinterpret_cast<const char*>(from));
+    }
+  }
+
+ private:
+  static constexpr int kWordLanes = kWords == 3 ? 4 : kWords;  // next to three words' lanes, one is idle
+  static constexpr int kPassPositions = kLanes / (2 * kWordLanes), kHalf = kLanes * Tile::kPositions / 2;
+  static_assert(kPassPositions % Tile::kPositions == 0);  // then a pass takes as many places as any other
+
+  int64_t from_, half_step_, pair_step_;  // an address, and what it goes up by
+  char* to_;
+  int pass_, lines_, limit_;  // pass_ wraps where nothing is copied
+};
+
+// Copies of lines of x, lam, u and logits, and y on its way back.
+//
+// With a line l, a lane asks for lam and u of line l + kAhead, and for what completes x of that line and logits of the
+// line after it. These copies are a group: what line l needs, with the logits of line l + 1, is in the groups up to
+// that of line l - kAhead. All that is overwritten was read at line l - 1 or before.
 template <class Tile>
 class DirectCopies {
  public:
   using T = typename Tile::Number;
   using Vector = Words<Tile::kVectorBytes>;
-  static constexpr int P = Tile::kPositions;
+  static constexpr int P = Tile::kPositions, kSize = sizeof(T);
 
-  __device__ DirectCopies(const Scan& scan, const Job& job, char* memory) {
-    constexpr int kSize = sizeof(T);
-    const int position = threadIdx.x * P, pixel = kSize * scan.channels, logit_pixel = 12 * kSize * scan.groups;
+  __device__ DirectCopies(const Scan& scan, const Job& job, char* memory)
+      : index_(job.direction * scan.groups + job.group),
+        x_(job.lines, scan.x + job.FirstPixel(scan) * scan.channels * kSize + job.channel * kSize,
+           scan.channels * kSize, memory),
+        logits_(job.lines, scan.logits + job.FirstPixel(scan) * 12 * scan.groups * kSize + (index_ * 3 * kSize & ~3),
+                12 * scan.groups * kSize, memory + Tile::kLogits) {
+    const int position = threadIdx.x * P, pixel = 4 * kSize * scan.channels;
     here_ = job.lines.positions - position;
-    index_ = job.direction * scan.groups + job.group;
+    lines_ = job.lines.lines;
     values_ = memory + threadIdx.x * Tile::kVectorBytes;
     slots_ = memory + Tile::kLogits + threadIdx.x * kLogitSlot<T>;
     step_ = job.lines.step * pixel;
-    logit_step_ = job.lines.step * logit_pixel;
-#pragma unroll
-    for (int p = 0; p < P; ++p) {
-      // Of the line before the first: a step is made before each use. y is stored once, for no line, before that.
-      const int64_t pixels = job.FirstPixel(scan) + int64_t{position + p} * job.lines.across - job.lines.step;
-      const int64_t at = (4 * pixels + job.direction) * pixel + job.channel * kSize;
-      x_[p] = reinterpret_cast<intptr_t>(scan.x) + pixels * pixel + job.channel * kSize;
-      lam_[p] = reinterpret_cast<intptr_t>(scan.lam) + at;
-      u_[p] = reinterpret_cast<intptr_t>(scan.u) + at;
-      y_[p] = reinterpret_cast<intptr_t>(scan.y) + at - int64_t{4} * step_;
-      logits_[p] = reinterpret_cast<intptr_t>(scan.logits) + pixels * logit_pixel + (index_ * 3 * kSize & ~3);
-    }
+    across_ = job.lines.across * pixel;
+    Keep(step_), Keep(across_);
+    // Of the line before the first, for a step is made before each use. y is stored once, for no line, before that.
+    const int64_t at = (job.FirstPixel(scan) + int64_t{position} * job.lines.across - job.lines.step) * pixel +
+                       (job.direction * scan.channels + job.channel) * kSize;
+    lam_ = reinterpret_cast<intptr_t>(scan.lam) + at;
+    u_ = reinterpret_cast<intptr_t>(scan.u) + at;
+    y_ = reinterpret_cast<intptr_t>(scan.y) + at - step_;
   }
 
   // Whether position p of the lane is in the line; p may be P.
   __device__ bool Holds(int p) const { return p < here_; }
 
-  // Asks for the next line, if there is one.
-  __device__ void Load(int stage, bool there) {
+  // Asks for what the first lines use.
+  __device__ void LoadFirst() {
+    x_.Load(0);
+    logits_.Load(0);
+    logits_.Load(1);
+#pragma unroll 1
+    for (int line = 0; line < Tile::kAhead; ++line) Load(line);
+  }
+
+  // Asks for lam and u of `line`, and for what else is due with it.
+  __device__ void Load(int line) {
+    lam_ += step_;
+    u_ += step_;
+    char* const to = values_ + Tile::StageOf(line);
 #pragma unroll
     for (int p = 0; p < P; ++p) {
-      const bool wanted = there && Holds(p);
-      CopyWordsAsync<sizeof(T) == 2 ? 2 : 3>(wanted, Slot(stage, p), Step(logits_[p], logit_step_));
-      CopyAsync<Tile::kVectorBytes>(wanted, Value(stage, 0, p), Step(x_[p], step_));
-      CopyAsync<Tile::kVectorBytes>(wanted, Value(stage, 1, p), Step(lam_[p], int64_t{4} * step_));
-      CopyAsync<Tile::kVectorBytes>(wanted, Value(stage, 2, p), Step(u_[p], int64_t{4} * step_));
+      const bool wanted = line < lines_ && Holds(p);
+      const int64_t beyond = int64_t{p} * across_;
+      CopyAsync<Tile::kVectorBytes>(wanted, Value(to, 1, p), reinterpret_cast<const char*>(lam_ + beyond));
+      CopyAsync<Tile::kVectorBytes>(wanted, Value(to, 2, p), reinterpret_cast<const char*>(u_ + beyond));
     }
+    x_.Load(line + 1);
+    logits_.Load(line + 2);
     CommitCopies();
+  }
+
+  // Waits for what the next line uses. Lanes use each other's copies: what a lane has waited for, and that it is done
+  // with what it used, the others know by the barrier.
+  __device__ void Wait() const {
+    WaitForCopies<Tile::kAhead - 1>();
+    __syncwarp();
   }
 
   // Writes the next line of y.
   __device__ void Store(const Vector (&y)[P], bool there) {
+    y_ += step_;
 #pragma unroll
-    for (int p = 0; p < P; ++p) StoreWords(there && Holds(p), Step(y_[p], int64_t{4} * step_), y[p].word);
+    for (int p = 0; p < P; ++p)
+      StoreWords(there && Holds(p), reinterpret_cast<char*>(y_ + int64_t{p} * across_), y[p].word);
   }
 
   // x, lam or u.
-  __device__ Vector Read(int stage, int tensor, int p) const { return Vector::Read(Value(stage, tensor, p)); }
+  __device__ Vector Read(int line, int tensor, int p) const {
+    return Vector::Read(Value(values_ + Tile::StageOf(line), tensor, p));
+  }
 
-  __device__ float4 Logits(int stage, int p) const { return ReadLogits<T>(Slot(stage, p), index_); }
+  __device__ float4 Logits(int line, int p) const {
+    return ReadLogits<T>(slots_ + Tile::StageOf(line) + p * kLanes * kLogitSlot<T>, index_);
+  }
 
  private:
-  __device__ char* Value(int stage, int tensor, int p) const {
-    return values_ + stage + tensor * Tile::kTensor + p * kLanes * Tile::kVectorBytes;
+  __device__ static char* Value(char* stage, int tensor, int p) {
+    return stage + tensor * Tile::kTensor + p * kLanes * Tile::kVectorBytes;
   }
 
-  __device__ char* Slot(int stage, int p) const { return slots_ + stage + p * kLanes * kLogitSlot<T>; }
-
-  // Steps first: hardware reads the address of a copy late, and would hold up the step to the next.
-  __device__ static char* Step(int64_t& address, int64_t step) {
-    address += step;
-    return reinterpret_cast<char*>(address);
-  }
-
-  int64_t x_[P], lam_[P], u_[P], y_[P], logits_[P];  // addresses
+  const int index_;
+  PairCopies<Tile, 1, Tile::kVectorBytes, Tile::kVectorBytes> x_;
+  PairCopies<Tile, kSize == 2 ? 2 : 3, 4, kLogitSlot<T>> logits_;
+  int64_t lam_, u_, y_;  // addresses
   char *values_, *slots_;
-  int step_, logit_step_, here_, index_;
+  int step_, across_, here_, lines_;
 };
 
 // The states of a lane: P positions of V channels, and their weights in the next line.
@@ -119,13 +200,13 @@ class DirectStates {
     }
   }
 
-  // Reads x, lam and u of a line, and the logits of the line after it.
-  __device__ void Read(const DirectCopies<Tile>& copies, int stage, int next) {
+  // Reads x, lam and u of a line, and the logits of the line whose weights come next.
+  __device__ void Read(const DirectCopies<Tile>& copies, int line, int next) {
 #pragma unroll
     for (int p = 0; p < P; ++p) {
-      x_[p] = copies.Read(stage, 0, p);
-      lam_[p] = copies.Read(stage, 1, p);
-      u_[p] = copies.Read(stage, 2, p);
+      x_[p] = copies.Read(line, 0, p);
+      lam_[p] = copies.Read(line, 1, p);
+      u_[p] = copies.Read(line, 2, p);
       logits_[p] = copies.Logits(next, p);
     }
   }
@@ -179,38 +260,31 @@ class DirectStates {
 // What takes long comes last: shuffles and reads of shared memory would wait behind copies and stores.
 template <class Tile>
 __global__ void __launch_bounds__(kLanes) DirectKernel(const __grid_constant__ Scan scan) {
-  constexpr int kStages = Tile::kStages, kEnd = kStages * Tile::kStage;
-  __shared__ __align__(16) char memory[kEnd];
+  __shared__ __align__(16) char memory[Tile::kStages * Tile::kStage];
   const Job job(scan, Tile::kVector, false);
   const int lines = job.lines.lines;
   DirectCopies<Tile> copies(scan, job, memory);
   DirectStates<Tile> states;
   Words<Tile::kVectorBytes> y[Tile::kPositions];
 
-#pragma unroll 1
-  for (int line = 0; line < kStages - 1; ++line) copies.Load(line * Tile::kStage, line < lines);
-  WaitForCopies<kStages - 2>();
+  copies.LoadFirst();
+  copies.Wait();
   states.Read(copies, 0, 0);
   states.Weigh(copies);
-
-  int stage = 0, before = kEnd - Tile::kStage;
   for (int start = 0; start < lines; start += scan.segment) {
     states.Restart();
     const int end = min(scan.segment, lines - start) + start;
 #pragma unroll 1
     for (int line = start; line < end; ++line) {
-      const int next = stage + Tile::kStage < kEnd ? stage + Tile::kStage : 0;
-      WaitForCopies<kStages - 3>();
+      copies.Wait();
       states.Exchange();
-      states.Read(copies, stage, next);
+      states.Read(copies, line, line + 1);
       copies.Store(y, line > 0);
-      copies.Load(before, line + kStages - 1 < lines);
+      copies.Load(line + Tile::kAhead);
       states.Advance(copies);
       states.Outflow(y);
       // After the last line this works on numbers that nobody reads.
       states.Weigh(copies);
-      before = stage;
-      stage = next;
     }
   }
   copies.Store(y, true);

@@ -10,6 +10,7 @@ namespace gspn2 {
 
 // Keeps a number in a register, where the compiler would rather compute it anew for every line.
 __device__ inline void Keep(int& number) { asm volatile("" : "+r"(number)); }
+__device__ inline void Keep(int64_t& number) { asm volatile("" : "+l"(number)); }
 
 __device__ inline uint32_t SharedAddress(const void* shared) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
@@ -62,11 +63,6 @@ __device__ inline void Store16(bool wanted, void* global, uint4 v) {
       "{.reg .pred p; setp.ne.b32 p, %0, 0; @p st.global.v4.b32 [%1], {%2, %3, %4, %5};}" ::"r"(+wanted), "l"(global),
       "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
       : "memory");
-}
-
-__device__ inline void StoreWords(bool wanted, void* global, const uint32_t (&w)[1]) {
-  asm volatile("{.reg .pred p; setp.ne.b32 p, %0, 0; @p st.global.b32 [%1], %2;}" ::"r"(+wanted), "l"(global), "r"(w[0])
-               : "memory");
 }
 
 __device__ inline void StoreWords(bool wanted, void* global, const uint32_t (&w)[2]) {
