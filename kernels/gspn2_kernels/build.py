@@ -118,12 +118,14 @@ def _run(command: list[str]) -> None:
     """Run a step of a build.
 
     Raises:
-        BuildError: It failed; with the end of what it printed.
+        BuildError: It failed; with what it printed from the first error on, or else the end of it.
     """
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
     if done.returncode != 0:
-        end = "\n".join(done.stdout.splitlines()[-_LOG_LINES:])
-        raise BuildError(f"the build failed: {' '.join(command)}\n{end}")
+        lines = done.stdout.splitlines()
+        first = next((i for i, line in enumerate(lines) if "error" in line.lower()), max(0, len(lines) - _LOG_LINES))
+        told = "\n".join(lines[first : first + _LOG_LINES])
+        raise BuildError(f"the build failed: {' '.join(command)}\n{told}")
 
 
 @contextmanager
