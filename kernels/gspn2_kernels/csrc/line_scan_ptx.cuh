@@ -1,5 +1,5 @@
-// Instructions of a GPU for which C++ has no words: asynchronous copies and fast functions. Copies and stores carry no
-// hints for L2 (createpolicy, .L2::cache_hint): with them an H100 stopped at an illegal instruction.
+// Instructions of a GPU for which C++ has no words: asynchronous copies and fast functions. Copies carry no hints
+// for L2 (.L2::cache_hint): with them an H100 stopped at an illegal instruction.
 #pragma once
 
 #include <cuda_runtime.h>
