@@ -12,9 +12,6 @@ from gspn2convert.onnx_function import ADD_NORM, DOMAIN
 if TYPE_CHECKING:
     import onnx_ir
 
-_ZERO = "no_bias"
-
-
 def join_norms(graph: onnx_ir.Model) -> None:
     """Make one node of each residual sum, the bias before it and the LayerNorm after it.
 
@@ -27,14 +24,33 @@ def join_norms(graph: onnx_ir.Model) -> None:
 
 
 def _fits(add: onnx_ir.Node, norm: onnx_ir.Node) -> bool:
-    """Tell whether a node adds two tensors of one shape, and a norm over their last axis reads the sum, not alone."""
+    """Tell whether AddNorm does what two nodes do: a sum of two tensors of one shape, and a norm over its last axis.
+
+    A sum that the norm alone reads stays as it is: AddNorm would write it for nobody.
+    """
     if add.op_type != "Add" or len(norm.inputs) != 3 or len(norm.outputs) != 1:
         return False
-    shapes = [value.shape for value in _values(add)]
-    axis = norm.attributes["axis"].as_int() if "axis" in norm.attributes else -1
-    if shapes[0] is None or shapes[0] != shapes[1] or axis not in (-1, len(shapes[0]) - 1):
+    total, normed = add.outputs[0], norm.outputs[0]
+    if total.is_graph_output() or normed.is_graph_output() or len(total.uses()) < 2:
         return False
-    return len(add.outputs[0].uses()) > 1
+    x, update = _values(add)
+    if x.shape is None or x.dtype is None or not _alike(x, update):
+        return False
+    attributes = norm.attributes
+    last = attributes.get_int("axis", -1) in (-1, len(x.shape) - 1) and attributes.get_int("stash_type", 1) == 1
+    vectors = _values(norm)[1:]
+    return last and len(vectors) == 2 and all(_is_vector(value) and value.shape == x.shape[-1:] for value in vectors)
+
+
+def _alike(one: onnx_ir.Value, other: onnx_ir.Value) -> bool:
+    """Tell whether two values have one shape; unknown sizes may differ."""
+    if one.shape is None or one.shape != other.shape:
+        return False
+    return all(isinstance(size, int) or size.value is not None for size in one.shape)
+
+
+def _is_vector(value: onnx_ir.Value) -> bool:
+    return value.is_initializer() and value.shape is not None and len(value.shape) == 1
 
 
 def _join(graph: onnx_ir.Model, add: onnx_ir.Node, norm: onnx_ir.Node) -> None:
@@ -55,7 +71,7 @@ def _join(graph: onnx_ir.Model, add: onnx_ir.Node, norm: onnx_ir.Node) -> None:
         DOMAIN,
         ADD_NORM,
         [x, update, bias, *norm.inputs[1:]],
-        [onnx_ir.AttrFloat32("epsilon", norm.attributes["epsilon"].as_float())],
+        [onnx_ir.AttrFloat32("epsilon", norm.attributes.get_float("epsilon", 1e-5))],
         num_outputs=2,
         name=norm.name,
     )
@@ -72,7 +88,7 @@ def _biased(value: onnx_ir.Value) -> tuple[onnx_ir.Node, onnx_ir.Value, onnx_ir.
     if node is None or node.op_type != "Add" or len(value.uses()) != 1 or value.is_graph_output():
         return None
     for rest, vector in permutations(_values(node)):
-        if vector.is_initializer() and vector.shape is not None and len(vector.shape) == 1:
+        if _is_vector(vector) and _alike(rest, value):
             return node, rest, vector
     return None
 
@@ -83,12 +99,13 @@ def _values(node: onnx_ir.Node) -> list[onnx_ir.Value]:
 
 
 def _zero(graph: onnx_ir.Model, like: onnx_ir.Value) -> onnx_ir.Value:
-    """The bias of a sum that has none."""
+    """The bias of a sum that has none, one for each dtype. No parameter of a module has a name with a colon."""
     import onnx_ir
 
-    if _ZERO not in graph.graph.initializers:
-        assert like.dtype is not None
-        tensor = onnx_ir.tensor(np.zeros(1, like.dtype.numpy()), name=_ZERO)
-        value = onnx_ir.Value(name=_ZERO, shape=onnx_ir.Shape([1]), type=like.type, const_value=tensor)
+    assert like.dtype is not None
+    name = f"{DOMAIN}:no_bias_{like.dtype.name.lower()}"
+    if name not in graph.graph.initializers:
+        tensor = onnx_ir.tensor(np.zeros(1, like.dtype.numpy()), name=name)
+        value = onnx_ir.Value(name=name, shape=onnx_ir.Shape([1]), type=like.type, const_value=tensor)
         graph.graph.register_initializer(value)
-    return graph.graph.initializers[_ZERO]
+    return graph.graph.initializers[name]
