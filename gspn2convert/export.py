@@ -55,8 +55,8 @@ def export_onnx(
     (batch, classes), or `features` for a model without a head: what its `forward` returns, pooled features or,
     where the model does not pool, all tokens. Both are in the dtype of the file. Batch, height and width are
     free, the latter two in multiples of the patch; a model that takes one size alone keeps it. Every mixer's scan
-    is a node `ai.gspn2::LineScan`, whose body of standard operators is in the file. Near 2 GiB the weights go
-    to a second file, `<name>.data`.
+    is a node `ai.gspn2::LineScan`, a residual sum with the norm after it `ai.gspn2::AddNorm`; their bodies of
+    standard operators are in the file. Near 2 GiB the weights go to a second file, `<name>.data`.
 
     The file is compared with PyTorch on the CPU before it gets its name: it appears complete, or not at all.
 

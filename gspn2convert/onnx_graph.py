@@ -1,4 +1,4 @@
-"""From a model in PyTorch to a clean ONNX graph with `ai.gspn2::LineScan` nodes and their body, and to a file."""
+"""From a model in PyTorch to a clean ONNX graph with nodes of `ai.gspn2` and their bodies, and to a file."""
 
 from __future__ import annotations
 

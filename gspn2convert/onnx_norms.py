@@ -12,6 +12,7 @@ from gspn2convert.onnx_function import ADD_NORM, DOMAIN
 if TYPE_CHECKING:
     import onnx_ir
 
+
 def join_norms(graph: onnx_ir.Model) -> None:
     """Make one node of each residual sum, the bias before it and the LayerNorm after it.
 

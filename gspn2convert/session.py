@@ -277,7 +277,7 @@ def _open(runtime: Any, path: Path, options: Any, arguments: dict[str, Any]) -> 
             raise UserError(f"{path}: no ONNX file, or not all of it; gspn2convert export writes one") from error
         if f"{DOMAIN}:" in said and "not a registered" in said:
             raise UserError(
-                f"{path}: a tool took the body of LineScan out; run gspn2convert build-ops, or export again"
+                f"{path}: a tool took the bodies of `ai.gspn2` out; run gspn2convert build-ops, or export again"
             ) from error
         raise UserError(f"{path}: ONNX Runtime {runtime.__version__} cannot open it: {said}") from error
 

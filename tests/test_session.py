@@ -163,7 +163,7 @@ def test_file_without_its_body_needs_the_library(classifier, tmp_path):
     model = onnx.load(classifier.path)
     del model.functions[:]
     onnx.save(model, tmp_path / "bare.onnx")
-    with pytest.raises(UserError, match="a tool took the body of LineScan out; run gspn2convert build-ops"):
+    with pytest.raises(UserError, match="a tool took the bodies of `ai.gspn2` out; run gspn2convert build-ops"):
         onnx_session(tmp_path / "bare.onnx", library=False)
 
 

@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -33,6 +34,7 @@ _log = logging.getLogger(__name__)
 _SOURCES = Path(__file__).parent / "csrc"
 _LIBRARY = "libgspn2_ort.so"
 _LOG_LINES = 30
+_ERROR = re.compile(r"\berror ?[:A-Z0-9]|CMake Error")
 
 
 def build(*, include: Path | None = None, cuda: bool = False, report: Callable[[str], None] = _log.info) -> Path:
@@ -123,7 +125,9 @@ def _run(command: list[str]) -> None:
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
     if done.returncode != 0:
         lines = done.stdout.splitlines()
-        first = next((i for i, line in enumerate(lines) if "error" in line.lower()), max(0, len(lines) - _LOG_LINES))
+        errors = (i for i, line in enumerate(lines) if _ERROR.search(line))
+        # A compiler says in a line or two before an error where it is.
+        first = max(0, next(errors, len(lines) - _LOG_LINES) - 2)
         told = "\n".join(lines[first : first + _LOG_LINES])
         raise BuildError(f"the build failed: {' '.join(command)}\n{told}")
 

@@ -1,10 +1,10 @@
-"""The library that runs `ai.gspn2::LineScan` nodes in ONNX Runtime, for a session's options.
+"""The library that runs `ai.gspn2` nodes, LineScan and AddNorm, in ONNX Runtime, for a session's options.
 
     options = onnxruntime.SessionOptions()
     onnx_op.register(options)
     session = onnxruntime.InferenceSession("student.onnx", options, providers=["CPUExecutionProvider"])
 
-Without it the same file runs through the function body that it carries, which is slower.
+Without it the same file runs through the function bodies that it carries, which is slower.
 """
 
 import logging
@@ -47,7 +47,7 @@ def register(
     options: "onnxruntime.SessionOptions",
     providers: Sequence[str | tuple[str, dict[str, Any]]] = ("CPUExecutionProvider",),
 ) -> bool:
-    """Let sessions with these options run LineScan nodes by the library; a second call on them changes nothing.
+    """Let sessions with these options run `ai.gspn2` nodes by the library; a second call on them changes nothing.
 
     A library that knows the op keeps ONNX Runtime from the function body, even where it has no kernel for the
     provider. So one without CUDA kernels is not registered for a session on CUDA.

@@ -109,7 +109,7 @@ def test_body(shape: tuple[int, ...], one_bias: bool) -> None:
     [
         ("x", (), r"x is a scalar, expected \(..., C\)"),
         ("update", (2, 1, 16), r"update has shape \(2, 1, 16\), expected that of x, \(2, 3, 16\)"),
-        ("bias", (8,), r"bias has shape \(8\), expected \(C\) = \(16\)"),
+        ("bias", (8,), r"bias has shape \(8\), expected \(1\) or \(C\) = \(16\)"),
         ("scale", (1,), r"scale has shape \(1\), expected \(C\) = \(16\)"),
         ("shift", (3, 16), r"shift has shape \(3, 16\), expected \(C\) = \(16\)"),
     ],

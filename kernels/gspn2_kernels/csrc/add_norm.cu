@@ -19,7 +19,7 @@ __device__ float SumOfWarp(float value) {
 
 // A lane holds N vectors of 16 bytes: rows are at most 32 N of them long.
 template <typename T, int N>
-__global__ void __launch_bounds__(32 * kWarps) FastKernel(const __grid_constant__ AddNorm call) {
+__global__ void __launch_bounds__(32 * kWarps) AddNormKernel(const __grid_constant__ AddNorm call) {
   constexpr int V = 16 / sizeof(T);
   using Vector = Words<16>;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
@@ -28,7 +28,8 @@ __global__ void __launch_bounds__(32 * kWarps) FastKernel(const __grid_constant_
   const T* const x = static_cast<const T*>(call.x) + row * channels;
   const T* const update = static_cast<const T*>(call.update) + row * channels;
   const float one_bias = static_cast<float>(*static_cast<const T*>(call.bias));
-  T *const sum = static_cast<T*>(call.sum) + row * channels, *const normed = static_cast<T*>(call.normed) + row * channels;
+  T* const sum = static_cast<T*>(call.sum) + row * channels;
+  T* const normed = static_cast<T*>(call.normed) + row * channels;
   float values[N][V];
   float total = 0;
 #pragma unroll
@@ -81,9 +82,10 @@ __global__ void __launch_bounds__(32 * kWarps) FastKernel(const __grid_constant_
   }
 }
 
-// Numbers one by one, the sum read again from memory: right for any number of channels and any alignment.
+// Numbers one by one, the sum read again from memory: right for any alignment and any number of channels, such as the
+// more than 1024 of fp32 that AddNormKernel cannot hold in registers.
 template <typename T>
-__global__ void __launch_bounds__(32 * kWarps) PlainKernel(const __grid_constant__ AddNorm call) {
+__global__ void __launch_bounds__(32 * kWarps) PlainAddNormKernel(const __grid_constant__ AddNorm call) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
   if (row >= call.rows) return;
   const int lane = threadIdx.x % 32;
@@ -91,7 +93,8 @@ __global__ void __launch_bounds__(32 * kWarps) PlainKernel(const __grid_constant
   const T* const x = static_cast<const T*>(call.x) + row * channels;
   const T* const update = static_cast<const T*>(call.update) + row * channels;
   const T* const bias = static_cast<const T*>(call.bias);
-  T *const sum = static_cast<T*>(call.sum) + row * channels, *const normed = static_cast<T*>(call.normed) + row * channels;
+  T* const sum = static_cast<T*>(call.sum) + row * channels;
+  T* const normed = static_cast<T*>(call.normed) + row * channels;
   float total = 0;
   for (int64_t c = lane; c < channels; c += 32) {
     const float of_update = static_cast<float>(update[c]) + static_cast<float>(bias[call.one_bias ? 0 : c]);
@@ -119,17 +122,17 @@ const void* Choose(const AddNorm& call) {
   const bool whole = call.channels % kVector == 0 && aligned(call.x) && aligned(call.update) && aligned(call.scale) &&
                      aligned(call.shift) && aligned(call.sum) && aligned(call.normed) &&
                      (call.one_bias || aligned(call.bias));
-  const auto plain = reinterpret_cast<const void*>(&PlainKernel<T>);
+  const auto plain = reinterpret_cast<const void*>(&PlainAddNormKernel<T>);
   if (!whole) return plain;
   switch ((call.channels / kVector + 31) / 32) {
-    case 1: return reinterpret_cast<const void*>(&FastKernel<T, 1>);
-    case 2: return reinterpret_cast<const void*>(&FastKernel<T, 2>);
-    case 3: return reinterpret_cast<const void*>(&FastKernel<T, 3>);
-    case 4: return reinterpret_cast<const void*>(&FastKernel<T, 4>);
+    case 1: return reinterpret_cast<const void*>(&AddNormKernel<T, 1>);
+    case 2: return reinterpret_cast<const void*>(&AddNormKernel<T, 2>);
+    case 3: return reinterpret_cast<const void*>(&AddNormKernel<T, 3>);
+    case 4: return reinterpret_cast<const void*>(&AddNormKernel<T, 4>);
     case 5:
-    case 6: return reinterpret_cast<const void*>(&FastKernel<T, 6>);
+    case 6: return reinterpret_cast<const void*>(&AddNormKernel<T, 6>);
     case 7:
-    case 8: return reinterpret_cast<const void*>(&FastKernel<T, 8>);
+    case 8: return reinterpret_cast<const void*>(&AddNormKernel<T, 8>);
     default: return plain;
   }
 }

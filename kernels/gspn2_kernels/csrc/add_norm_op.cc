@@ -19,7 +19,8 @@ std::string Check(const Dims (&dims)[kInputCount]) {
   for (size_t i = 2; i < kInputCount; ++i) {
     const bool one = i == 2 && dims[i] == Dims{1};
     if (!one && dims[i] != Dims{x.back()}) {
-      return std::string(kInputs[i]) + " has shape " + Text(dims[i]) + ", expected (C) = " + Text({x.back()});
+      const std::string expected = (i == 2 ? "(1) or (C) = " : "(C) = ") + Text({x.back()});
+      return std::string(kInputs[i]) + " has shape " + Text(dims[i]) + ", expected " + expected;
     }
   }
   return "";

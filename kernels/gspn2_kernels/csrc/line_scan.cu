@@ -127,8 +127,8 @@ bool ChooseDirect(const Shape& shape, Dtype dtype, const Device& device, Plan* p
   return true;
 }
 
-// Few warps that are wide: four along the channels, if that leaves a block for most multiprocessors, and as many along
-// the line as keep a lane to five positions, or more while multiprocessors have less than three.
+// Few warps that are wide: four or two along the channels, if that leaves a block for seven of ten multiprocessors, and
+// as many along the line as keep a lane to five positions, or more while multiprocessors have less than three.
 bool ChooseWide(const Shape& shape, Dtype dtype, const Device& device, Plan* plan) {
   const int64_t vector = kChunk / SizeOf(dtype), tiles = Quotient(shape.channels, 2 * vector);
   const int64_t length = std::max(shape.height, shape.width), lanes = kLanes / 2;
@@ -220,7 +220,7 @@ const char* LaunchPlan(const Shape& shape, Dtype dtype, const Plan& plan, const 
   const int block_channels = plan.channel_warps * kernel.channels;
   const int64_t channel_blocks = Quotient<int64_t>(shape.channels, block_channels);
   const int64_t blocks = 4 * shape.batch * channel_blocks;
-  if (blocks > INT_MAX) return "line scan: too many images and channels for one launch";
+  if (blocks > INT_MAX) return "too many images and channels for one launch";
   scan.height = static_cast<int>(shape.height), scan.width = static_cast<int>(shape.width);
   scan.channels = static_cast<int>(shape.channels), scan.groups = static_cast<int>(shape.groups);
   // No scan is longer than this, nor is its double too large.
@@ -244,7 +244,7 @@ const char* LaunchLineScan(const Shape& shape, Dtype dtype, const void* x, const
                            const void* u, void* y, void* stream) {
   if (shape.batch * shape.height * shape.width * shape.channels == 0) return nullptr;
   if (shape.height > INT_MAX / shape.width || shape.channels > INT_MAX / 16)
-    return "line scan: an image has too many pixels or channels";
+    return "an image has too many pixels or channels";
   Device device;
   if (const char* text = TextOf(Query(&device))) return text;
   Scan scan = {};
@@ -252,7 +252,7 @@ const char* LaunchLineScan(const Shape& shape, Dtype dtype, const void* x, const
   scan.logits = static_cast<const char*>(logits), scan.u = static_cast<const char*>(u);
   scan.y = static_cast<char*>(y);
   Plan plan = {};
-  if (!Choose(shape, dtype, scan, device, &plan)) return "line scan: a line is too long for shared memory";
+  if (!Choose(shape, dtype, scan, device, &plan)) return "a line is too long for shared memory";
   return LaunchPlan(shape, dtype, plan, device, scan, static_cast<cudaStream_t>(stream));
 }
 

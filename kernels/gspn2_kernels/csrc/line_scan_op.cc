@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <string>
 
+#include "line_scan.h"
 #include "line_scan_cpu.h"
 #include "onnx_op.h"
 
@@ -86,7 +87,8 @@ OrtStatusPtr ReadSegment(const OrtApi& api, const OrtKernelInfo* info, int64_t* 
     api.ReleaseStatus(no_float);
   }
   if (*segment >= 0) return nullptr;
-  return Error(kName, "attribute segment is " + std::to_string(*segment) + ", expected 0 (no restart) or a number of lines");
+  const std::string given = "attribute segment is " + std::to_string(*segment);
+  return Error(kName, given + ", expected 0 (no restart) or a number of lines");
 }
 
 // The output has the type of x and the shape of lam. Not the class's InferOutputShape with a type: of several ops of

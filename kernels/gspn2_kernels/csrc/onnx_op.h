@@ -1,4 +1,4 @@
-// What the custom ops share: the API of ONNX Runtime, dtypes, texts of errors, the provider of a kernel.
+// What the custom ops share: the API of ONNX Runtime, dtypes, texts of errors, the thread pool.
 #pragma once
 
 // The API is set at registration; without this macro a static initialiser would ask for the headers' version.
@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "line_scan.h"
+#include "dtype.h"
 #include "parallel.h"
 
 namespace gspn2 {
