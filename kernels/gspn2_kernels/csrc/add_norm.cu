@@ -3,6 +3,7 @@
 
 #include <climits>
 
+#include "cuda_error.h"
 #include "numbers.cuh"
 
 #ifdef GSPN2_CUDA
@@ -148,11 +149,8 @@ const char* LaunchAddNorm(const AddNorm& call, Dtype dtype, void* stream) {
                                                      : Choose<__nv_bfloat16>(call);
   AddNorm argument = call;
   void* arguments[] = {&argument};
-  const cudaError_t error = cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(blocks)), dim3(32 * kWarps), arguments,
-                                             0, static_cast<cudaStream_t>(stream));
-  if (!error) return nullptr;
-  cudaGetLastError();  // or the next call would be blamed for it
-  return cudaGetErrorString(error);
+  return TextOf(cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(blocks)), dim3(32 * kWarps), arguments, 0,
+                                 static_cast<cudaStream_t>(stream)));
 }
 
 }  // namespace gspn2

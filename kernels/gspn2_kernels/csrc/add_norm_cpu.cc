@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "add_norm_task.h"
+#include "processors.h"
 
 namespace gspn2 {
 namespace {
@@ -14,7 +15,7 @@ using RunRows = void (*)(const AddNorm&, int64_t begin, int64_t end);
 
 RunRows Fastest(Dtype dtype) {
 #ifdef GSPN2_WITH_AVX2
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
+  if (RunsAvx2()) {
     return dtype == Dtype::kFloat  ? avx2::AddNormFloat
            : dtype == Dtype::kHalf ? avx2::AddNormHalf
                                    : avx2::AddNormBfloat16;

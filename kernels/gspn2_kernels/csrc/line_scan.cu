@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <climits>
 
+#include "cuda_error.h"
 #include "line_scan.cuh"
 #include "line_scan_direct.cuh"
 
@@ -193,12 +194,6 @@ cudaError_t Query(Device* device) {
   if (!error) error = cudaDeviceGetAttribute(&device->processors, cudaDevAttrMultiProcessorCount, id);
   if (!error) error = cudaDeviceGetAttribute(&device->shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, id);
   return error;
-}
-
-const char* TextOf(cudaError_t error) {
-  if (!error) return nullptr;
-  cudaGetLastError();  // or the next call would be blamed for it
-  return cudaGetErrorString(error);
 }
 
 cudaError_t Launch(const void* function, int blocks, int threads, int most_bytes, Scan scan, cudaStream_t stream) {

@@ -7,6 +7,7 @@
 #include <thread>
 
 #include "line_scan_task.h"
+#include "processors.h"
 
 namespace gspn2 {
 namespace {
@@ -154,7 +155,7 @@ using RunTask = void (*)(const ScanTask&, const Scratch&);
 
 RunTask Fastest(Dtype dtype) {
 #ifdef GSPN2_WITH_AVX2
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
+  if (RunsAvx2()) {
     return dtype == Dtype::kFloat ? avx2::RunFloat : dtype == Dtype::kHalf ? avx2::RunHalf : avx2::RunBfloat16;
   }
 #endif

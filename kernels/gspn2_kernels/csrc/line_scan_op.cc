@@ -9,59 +9,72 @@
 namespace gspn2 {
 namespace {
 
-constexpr char kName[] = "LineScan";
-constexpr const char* kInputs[] = {"x", "lam", "logits", "u"};
+struct LineScanOp {
+  static constexpr char kName[] = "LineScan";
+  static constexpr const char* kInputs[] = {"x", "lam", "logits", "u"};
+  static constexpr char kWanted[] = "expected the four inputs x, lam, logits and u";
+  static constexpr size_t kOutputs = 1;
+  using Attribute = int64_t;
 
-// Says what is wrong with the shapes, or nothing.
-std::string Check(const Dims& x, const Dims& lam, const Dims& logits, const Dims& u) {
-  if (x.size() != 4) return "x has shape " + Text(x) + ", expected (B, H, W, C)";
-  const Dims like_lam{x[0], x[1], x[2], 4, x[3]};
-  if (lam != like_lam) return "lam has shape " + Text(lam) + ", expected (B, H, W, 4, C) = " + Text(like_lam);
-  if (logits.size() != 6 || !std::equal(like_lam.begin(), like_lam.end() - 1, logits.begin()) || logits[5] != 3) {
-    const std::string grid = std::to_string(x[0]) + ", " + std::to_string(x[1]) + ", " + std::to_string(x[2]);
-    return "logits has shape " + Text(logits) + ", expected (B, H, W, 4, G, 3) = (" + grid + ", 4, G, 3)";
-  }
-  if (logits[4] < 1 || x[3] % logits[4] != 0) {
-    return "logits has " + std::to_string(logits[4]) + " groups, expected a divisor of the " + std::to_string(x[3]) +
-           " channels of x";
-  }
-  if (u != like_lam) return "u has shape " + Text(u) + ", expected (B, H, W, 4, C) = " + Text(like_lam);
-  return "";
-}
-
-// One kernel serves concurrent runs: it holds the attribute and nothing else.
-template <Dtype kDtype, bool kCuda>
-class Kernel {
- public:
-  explicit Kernel(int64_t segment) : segment_(segment) {}
-
-  OrtStatusPtr ComputeV2(OrtKernelContext* c) noexcept {
-    try {
-      return Compute(Ort::KernelContext(c));
-    } catch (const std::exception& error) {
-      return Error(kName, error.what(), ORT_RUNTIME_EXCEPTION);
+  // Says what is wrong with the shapes, or nothing.
+  static std::string Check(const Dims& x, const Dims& lam, const Dims& logits, const Dims& u) {
+    if (x.size() != 4) return "x has shape " + Text(x) + ", expected (B, H, W, C)";
+    const Dims like_lam{x[0], x[1], x[2], 4, x[3]};
+    if (lam != like_lam) return "lam has shape " + Text(lam) + ", expected (B, H, W, 4, C) = " + Text(like_lam);
+    if (logits.size() != 6 || !std::equal(like_lam.begin(), like_lam.end() - 1, logits.begin()) || logits[5] != 3) {
+      const std::string grid = std::to_string(x[0]) + ", " + std::to_string(x[1]) + ", " + std::to_string(x[2]);
+      return "logits has shape " + Text(logits) + ", expected (B, H, W, 4, G, 3) = (" + grid + ", 4, G, 3)";
     }
+    if (logits[4] < 1 || x[3] % logits[4] != 0) {
+      return "logits has " + std::to_string(logits[4]) + " groups, expected a divisor of the " + std::to_string(x[3]) +
+             " channels of x";
+    }
+    if (u != like_lam) return "u has shape " + Text(u) + ", expected (B, H, W, 4, C) = " + Text(like_lam);
+    return "";
   }
 
- private:
-  OrtStatusPtr Compute(const Ort::KernelContext& context) const {
-    if (context.GetInputCount() != 4) return Error(kName, "expected the four inputs x, lam, logits and u");
-    Dims dims[4];
-    const void* data[4];
-    for (size_t i = 0; i < 4; ++i) {
-      const Ort::ConstValue input = context.GetInput(i);
-      dims[i] = input.GetTensorTypeAndShapeInfo().GetShape();
-      data[i] = input.GetTensorRawData();
+  // Reads the attribute, 0 where it is missing. Returns what is wrong with it.
+  static OrtStatusPtr ReadAttribute(const OrtApi& api, const OrtKernelInfo* info, int64_t* segment) {
+    *segment = 0;
+    if (OrtStatus* missing = api.KernelInfoGetAttribute_int64(info, "segment", segment)) {
+      api.ReleaseStatus(missing);
+      *segment = 0;
+      float other = 0;
+      OrtStatus* no_float = api.KernelInfoGetAttribute_float(info, "segment", &other);
+      if (no_float == nullptr) return Error(kName, "attribute segment is a float, expected an int");
+      api.ReleaseStatus(no_float);
     }
+    if (*segment >= 0) return nullptr;
+    const std::string given = "attribute segment is " + std::to_string(*segment);
+    return Error(kName, given + ", expected 0 (no restart) or a number of lines");
+  }
+
+  // The output has the type of x and the shape of lam. Not the class's InferOutputShape with a type: of several ops of
+  // one name ONNX Runtime asks the first alone, for every type. It ignores an error from here.
+  static OrtStatusPtr InferShape(const OrtCustomOp*, OrtShapeInferContext* context) noexcept {
+    const OrtApi& api = Ort::GetApi();
+    OrtTensorTypeAndShapeInfo *x = nullptr, *lam = nullptr;
+    ONNXTensorElementDataType type;
+    if (OrtStatus* status = api.ShapeInferContext_GetInputTypeShape(context, 0, &x)) return status;
+    if (OrtStatus* status = api.ShapeInferContext_GetInputTypeShape(context, 1, &lam)) return status;
+    if (OrtStatus* status = api.GetTensorElementType(x, &type)) return status;
+    if (OrtStatus* status = api.SetTensorElementType(lam, type)) return status;  // lam is a copy of this context's
+    return api.ShapeInferContext_SetOutputTypeShape(context, 0, lam);
+  }
+
+  template <Dtype kDtype, bool kCuda>
+  static OrtStatusPtr Compute(const Ort::KernelContext& context, const Inputs<4>& inputs, int64_t segment) {
+    const auto& [dims, data] = inputs;
     const std::string wrong = Check(dims[0], dims[1], dims[2], dims[3]);
     if (!wrong.empty()) return Error(kName, wrong);
     void* y = context.GetOutput(0, dims[1]).GetTensorMutableRawData();
-    const Shape shape{dims[0][0], dims[0][1], dims[0][2], dims[0][3], dims[2][4], segment_};
+    const Shape shape{dims[0][0], dims[0][1], dims[0][2], dims[0][3], dims[2][4], segment};
     if (shape.batch == 0 || shape.height == 0 || shape.width == 0 || shape.channels == 0) return nullptr;
-    const char* failed = Launch(context, shape, data, y);
+    const char* failed = Launch<kDtype, kCuda>(context, shape, data, y);
     return failed == nullptr ? nullptr : Error(kName, failed, ORT_RUNTIME_EXCEPTION);
   }
 
+  template <Dtype kDtype, bool kCuda>
   static const char* Launch(const Ort::KernelContext& context, const Shape& shape, const void* const* data, void* y) {
 #ifdef GSPN2_CUDA
     if constexpr (kCuda) {
@@ -71,86 +84,10 @@ class Kernel {
     void* pool = const_cast<Ort::KernelContext*>(&context);
     return LineScanCpu(shape, kDtype, data[0], data[1], data[2], data[3], y, RunOnPool, pool);
   }
-
-  int64_t segment_;
 };
-
-// Reads the attribute, 0 where it is missing. Returns what is wrong with it.
-OrtStatusPtr ReadSegment(const OrtApi& api, const OrtKernelInfo* info, int64_t* segment) {
-  *segment = 0;
-  if (OrtStatus* missing = api.KernelInfoGetAttribute_int64(info, "segment", segment)) {
-    api.ReleaseStatus(missing);
-    *segment = 0;
-    float other = 0;
-    OrtStatus* no_float = api.KernelInfoGetAttribute_float(info, "segment", &other);
-    if (no_float == nullptr) return Error(kName, "attribute segment is a float, expected an int");
-    api.ReleaseStatus(no_float);
-  }
-  if (*segment >= 0) return nullptr;
-  const std::string given = "attribute segment is " + std::to_string(*segment);
-  return Error(kName, given + ", expected 0 (no restart) or a number of lines");
-}
-
-// The output has the type of x and the shape of lam. Not the class's InferOutputShape with a type: of several ops of
-// one name ONNX Runtime asks the first alone, for every type. It ignores an error from here.
-OrtStatusPtr InferShape(const OrtCustomOp*, OrtShapeInferContext* context) noexcept {
-  const OrtApi& api = Ort::GetApi();
-  OrtTensorTypeAndShapeInfo *x = nullptr, *lam = nullptr;
-  ONNXTensorElementDataType type;
-  if (OrtStatus* status = api.ShapeInferContext_GetInputTypeShape(context, 0, &x)) return status;
-  if (OrtStatus* status = api.ShapeInferContext_GetInputTypeShape(context, 1, &lam)) return status;
-  if (OrtStatus* status = api.GetTensorElementType(x, &type)) return status;
-  if (OrtStatus* status = api.SetTensorElementType(lam, type)) return status;  // lam is a copy of this context's
-  return api.ShapeInferContext_SetOutputTypeShape(context, 0, lam);
-}
-
-template <Dtype kDtype, bool kCuda>
-struct Op : Ort::CustomOpBase<Op<kDtype, kCuda>, Kernel<kDtype, kCuda>, /*WithStatus=*/true> {
-  explicit Op(uint32_t api_version) {
-    OrtCustomOp::version = api_version;
-    OrtCustomOp::InferOutputShapeFn = InferShape;
-  }
-
-  OrtStatusPtr CreateKernelV2(const OrtApi& api, const OrtKernelInfo* info, void** kernel) const noexcept {
-    try {
-      int64_t segment = 0;
-      if (OrtStatusPtr wrong = CheckTypes(kName, Ort::ConstKernelInfo(info), kInputs, kOnnxType<kDtype>)) return wrong;
-      if (OrtStatusPtr wrong = ReadSegment(api, info, &segment)) return wrong;
-      *kernel = new Kernel<kDtype, kCuda>(segment);
-      return nullptr;
-    } catch (const std::exception& error) {
-      return api.CreateStatus(ORT_FAIL, error.what());
-    }
-  }
-
-  const char* GetName() const { return kName; }
-  const char* GetExecutionProviderType() const { return kCuda ? "CUDAExecutionProvider" : "CPUExecutionProvider"; }
-  size_t GetInputTypeCount() const { return 4; }
-  size_t GetOutputTypeCount() const { return 1; }
-  // x chooses the op; the others may have any type, so that CheckTypes can say which one is wrong.
-  ONNXTensorElementDataType GetInputType(size_t i) const {
-    return i == 0 ? kOnnxType<kDtype> : ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
-  }
-  ONNXTensorElementDataType GetOutputType(size_t) const { return kOnnxType<kDtype>; }
-};
-
-template <bool kCuda>
-void AddFor(Ort::CustomOpDomain* domain, uint32_t version) {
-  static const Op<Dtype::kFloat, kCuda>* const of_float = new Op<Dtype::kFloat, kCuda>(version);
-  static const Op<Dtype::kHalf, kCuda>* const of_half = new Op<Dtype::kHalf, kCuda>(version);
-  static const Op<Dtype::kBfloat16, kCuda>* const of_bfloat16 = new Op<Dtype::kBfloat16, kCuda>(version);
-  domain->Add(of_float);
-  domain->Add(of_half);
-  domain->Add(of_bfloat16);
-}
 
 }  // namespace
 
-void AddLineScan(Ort::CustomOpDomain* domain, uint32_t api_version) {
-  AddFor<false>(domain, api_version);
-#ifdef GSPN2_CUDA
-  AddFor<true>(domain, api_version);
-#endif
-}
+void AddLineScan(Ort::CustomOpDomain* domain, uint32_t api_version) { AddOp<LineScanOp>(domain, api_version); }
 
 }  // namespace gspn2
