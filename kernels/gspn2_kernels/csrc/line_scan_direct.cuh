@@ -40,41 +40,46 @@ class PairCopies {
     const int lane = threadIdx.x, word = lane % kWordLanes, second = lane / kWordLanes % 2;
     const int position = lane / (2 * kWordLanes);
     lines_ = lines.lines - second;
-    limit_ = word < kWords ? lines.positions - position : 0;
-    const int64_t across = int64_t{lines.across} * pixel, step = int64_t{lines.step} * pixel;
-    half_step_ = kHalf * across;
-    pair_step_ = 2 * step - half_step_;
-    pass_ = static_cast<uint32_t>(kPassPositions) * static_cast<uint32_t>(across);
-    Keep(half_step_), Keep(pair_step_), Keep(pass_), Keep(limit_);
-    // Of the half before the first: a step is made before each use.
-    from_ = reinterpret_cast<intptr_t>(from) + position * across + word * kBytes + second * step - pair_step_;
-    to_ = to + Tile::PlaceOf(position) * kSlot + word * kBytes + second * Tile::kStage;
+    pair_step_ = 2 * lines.step * pixel;
+#pragma unroll
+    for (int i = 0; i < 2 * kPasses; ++i) {
+      const int at = position + i * kPassPositions;
+      offsets_[i] = (at < lines.positions ? at : 0) * lines.across * pixel;
+      Keep(offsets_[i]);
+    }
+    // Of the pair before the first: a step is made before each use.
+    from_ = reinterpret_cast<intptr_t>(from) + min(word, kWords - 1) * kBytes + int64_t{second} * lines.step * pixel -
+            pair_step_;
+    to_ = SharedAddress(to + Tile::PlaceOf(position) * kSlot + word * kBytes + second * Tile::kStage);
+    Keep(pair_step_), Keep(lines_), Keep(to_);
   }
 
   // Asks for half of the positions of two lines, where there are such: the first half if `line` is the first of the
   // two, an even one, or else the second half. Has to be called for every line, in order.
+  //
+  // Whether a position is in the line is not asked: there, what is at position 0 is copied, and next to the last word
+  // that word again. Nobody reads these places, and conditions take longer than a copy does.
+  template <bool kOdd>
   __device__ void Load(int line) {
-    const int odd = line & 1, pair = line - odd;
-    const int limit = pair < lines_ ? limit_ - odd * kHalf : 0;
-    char* const to = to_ + Tile::StageOf(pair) + odd * (kHalf / Tile::kPositions * kSlot);
+    const uint32_t to = to_ + Tile::StageOf(line - kOdd);
+    const bool there = line - kOdd < lines_;
     // Steps first: hardware reads the address of a copy late, and would hold up the step to the next.
-    from_ += odd ? half_step_ : pair_step_;
+    if (!kOdd) from_ += pair_step_;
+    Keep(from_);
 #pragma unroll
-    for (int pass = 0; pass < kHalf / kPassPositions; ++pass) {
-      const int64_t from = from_ + int64_t{pass} * pass_;
-      CopyAsync<kBytes>(pass * kPassPositions < limit, to + pass * (kPassPositions / Tile::kPositions) * kSlot,
-                        reinterpret_cast<const char*>(from));
-    }
+    for (int i = kOdd * kPasses; i < (kOdd + 1) * kPasses; ++i)
+      CopyAsync<kBytes>(there, to + i * (kPassPositions / Tile::kPositions * kSlot), from_ + offsets_[i]);
   }
 
  private:
   static constexpr int kWordLanes = kWords == 3 ? 4 : kWords;  // next to three words' lanes, one is idle
-  static constexpr int kPassPositions = kLanes / (2 * kWordLanes), kHalf = kLanes * Tile::kPositions / 2;
+  static constexpr int kPassPositions = kLanes / (2 * kWordLanes);
+  static constexpr int kPasses = kLanes * Tile::kPositions / 2 / kPassPositions;  // of half of the positions
   static_assert(kPassPositions % Tile::kPositions == 0);  // then a pass takes as many places as any other
 
-  int64_t from_, half_step_, pair_step_;  // an address, and what it goes up by
-  char* to_;
-  int pass_, lines_, limit_;  // pass_ wraps where nothing is copied
+  int64_t from_;  // an address
+  uint32_t to_;
+  int offsets_[2 * kPasses], pair_step_, lines_;
 };
 
 // Copies of lines of x, lam, u and logits, and y on its way back.
@@ -99,12 +104,17 @@ class DirectCopies {
     here_ = job.lines.positions - position;
     lines_ = job.lines.lines;
     values_ = memory + threadIdx.x * Tile::kVectorBytes;
+    to_ = SharedAddress(values_);
     slots_ = memory + Tile::kLogits + threadIdx.x * kLogitSlot<T>;
     step_ = job.lines.step * pixel;
-    across_ = job.lines.across * pixel;
-    Keep(step_), Keep(across_);
+    // A lane beyond the line copies what is at position 0, and nobody reads it.
+#pragma unroll
+    for (int p = 0; p < P; ++p) offsets_[p] = Holds(p) ? (position + p) * job.lines.across * pixel : 0;
+#pragma unroll
+    for (int p = 0; p < P; ++p) Keep(offsets_[p]);
+    Keep(step_), Keep(to_);
     // Of the line before the first, for a step is made before each use. y is stored once, for no line, before that.
-    const int64_t at = (job.FirstPixel(scan) + int64_t{position} * job.lines.across - job.lines.step) * pixel +
+    const int64_t at = (job.FirstPixel(scan) - job.lines.step) * pixel +
                        (job.direction * scan.channels + job.channel) * kSize;
     lam_ = reinterpret_cast<intptr_t>(scan.lam) + at;
     u_ = reinterpret_cast<intptr_t>(scan.u) + at;
@@ -116,27 +126,42 @@ class DirectCopies {
 
   // Asks for what the first lines use.
   __device__ void LoadFirst() {
-    x_.Load(0);
-    logits_.Load(0);
-    logits_.Load(1);
+    x_.template Load<false>(0);
+    logits_.template Load<false>(0);
+    logits_.template Load<true>(1);
+    static_assert(Tile::kAhead % 2 == 1);
 #pragma unroll 1
-    for (int line = 0; line < Tile::kAhead; ++line) Load(line);
+    for (int line = 0; line < Tile::kAhead - 1; line += 2) LoadOrNot<false>(line), LoadOrNot<true>(line + 1);
+    LoadOrNot<false>(Tile::kAhead - 1);
+  }
+
+  // Writes y of the line before, if any, and asks for a line ahead, if any. All is inside of branches, which begin with
+  // different things: the compiler would move shuffles behind what is outside.
+  template <bool kOdd>
+  __device__ void Move(const Vector (&y)[P], bool there, int line) {
+    if (line < lines_) {
+      Store(y, there);
+      Load<kOdd>(line);
+    } else {
+      CommitCopies();
+      Store(y, there);
+    }
   }
 
   // Asks for lam and u of `line`, and for what else is due with it.
+  template <bool kOdd>
   __device__ void Load(int line) {
     lam_ += step_;
     u_ += step_;
-    char* const to = values_ + Tile::StageOf(line);
+    Keep(lam_), Keep(u_);
+    const uint32_t to = to_ + Tile::StageOf(line - kOdd) + kOdd * Tile::kStage;
 #pragma unroll
     for (int p = 0; p < P; ++p) {
-      const bool wanted = line < lines_ && Holds(p);
-      const int64_t beyond = int64_t{p} * across_;
-      CopyAsync<Tile::kVectorBytes>(wanted, Value(to, 1, p), reinterpret_cast<const char*>(lam_ + beyond));
-      CopyAsync<Tile::kVectorBytes>(wanted, Value(to, 2, p), reinterpret_cast<const char*>(u_ + beyond));
+      CopyAsync<Tile::kVectorBytes>(true, to + Place(1, p), lam_ + offsets_[p]);
+      CopyAsync<Tile::kVectorBytes>(true, to + Place(2, p), u_ + offsets_[p]);
     }
-    x_.Load(line + 1);
-    logits_.Load(line + 2);
+    x_.template Load<!kOdd>(line + 1);
+    logits_.template Load<kOdd>(line + 2);
     CommitCopies();
   }
 
@@ -150,14 +175,15 @@ class DirectCopies {
   // Writes the next line of y.
   __device__ void Store(const Vector (&y)[P], bool there) {
     y_ += step_;
+    Keep(y_);
 #pragma unroll
     for (int p = 0; p < P; ++p)
-      StoreWords(there && Holds(p), reinterpret_cast<char*>(y_ + int64_t{p} * across_), y[p].word);
+      StoreWords(there && Holds(p), reinterpret_cast<char*>(y_ + offsets_[p]), y[p].word);
   }
 
   // x, lam or u.
   __device__ Vector Read(int line, int tensor, int p) const {
-    return Vector::Read(Value(values_ + Tile::StageOf(line), tensor, p));
+    return Vector::Read(values_ + Tile::StageOf(line) + Place(tensor, p));
   }
 
   __device__ float4 Logits(int line, int p) const {
@@ -165,8 +191,16 @@ class DirectCopies {
   }
 
  private:
-  __device__ static char* Value(char* stage, int tensor, int p) {
-    return stage + tensor * Tile::kTensor + p * kLanes * Tile::kVectorBytes;
+  template <bool kOdd>
+  __device__ void LoadOrNot(int line) {
+    if (line < lines_)
+      Load<kOdd>(line);
+    else
+      CommitCopies();
+  }
+
+  __device__ static constexpr int Place(int tensor, int p) {
+    return tensor * Tile::kTensor + p * kLanes * Tile::kVectorBytes;
   }
 
   const int index_;
@@ -174,7 +208,8 @@ class DirectCopies {
   PairCopies<Tile, kSize == 2 ? 2 : 3, 4, kLogitSlot<T>> logits_;
   int64_t lam_, u_, y_;  // addresses
   char *values_, *slots_;
-  int step_, across_, here_, lines_;
+  uint32_t to_;
+  int offsets_[P], step_, here_, lines_;
 };
 
 // The states of a lane: P positions of V channels, and their weights in the next line.
@@ -257,7 +292,22 @@ class DirectStates {
   float h_[P][V], before_[V], after_[V];
 };
 
-// What takes long comes last: shuffles and reads of shared memory would wait behind copies and stores.
+// Takes the states to a line. What takes long comes last: shuffles and reads of shared memory would wait behind copies
+// and stores.
+template <bool kOdd, class Tile>
+__device__ inline void Step(int line, DirectCopies<Tile>& copies, DirectStates<Tile>& states,
+                            Words<Tile::kVectorBytes> (&y)[Tile::kPositions]) {
+  copies.Wait();
+  states.Exchange();
+  states.Read(copies, line, line + 1);
+  copies.template Move<kOdd != Tile::kAhead % 2>(y, line > 0, line + Tile::kAhead);
+  states.Advance(copies);
+  states.Outflow(y);
+  // After the last line this works on numbers that nobody reads.
+  states.Weigh(copies);
+}
+
+// Lines go by two, an even one first: then it is known beforehand which half of a pair is due.
 template <class Tile>
 __global__ void __launch_bounds__(kLanes) DirectKernel(const __grid_constant__ Scan scan) {
   __shared__ __align__(16) char memory[Tile::kStages * Tile::kStage];
@@ -271,21 +321,16 @@ __global__ void __launch_bounds__(kLanes) DirectKernel(const __grid_constant__ S
   copies.Wait();
   states.Read(copies, 0, 0);
   states.Weigh(copies);
-  for (int start = 0; start < lines; start += scan.segment) {
+  for (int line = 0; line < lines;) {
     states.Restart();
-    const int end = min(scan.segment, lines - start) + start;
+    const int end = min(scan.segment, lines - line) + line;
+    if (line % 2) Step<true>(line++, copies, states, y);
 #pragma unroll 1
-    for (int line = start; line < end; ++line) {
-      copies.Wait();
-      states.Exchange();
-      states.Read(copies, line, line + 1);
-      copies.Store(y, line > 0);
-      copies.Load(line + Tile::kAhead);
-      states.Advance(copies);
-      states.Outflow(y);
-      // After the last line this works on numbers that nobody reads.
-      states.Weigh(copies);
+    for (; line + 1 < end; line += 2) {
+      Step<false>(line, copies, states, y);
+      Step<true>(line + 1, copies, states, y);
     }
+    if (line < end) Step<false>(line++, copies, states, y);
   }
   copies.Store(y, true);
 }

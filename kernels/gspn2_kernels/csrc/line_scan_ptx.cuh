@@ -10,6 +10,7 @@ namespace gspn2 {
 
 // Keeps a number in a register, where the compiler would rather compute it anew for every line.
 __device__ inline void Keep(int& number) { asm volatile("" : "+r"(number)); }
+__device__ inline void Keep(uint32_t& number) { asm volatile("" : "+r"(number)); }
 __device__ inline void Keep(int64_t& number) { asm volatile("" : "+l"(number)); }
 
 __device__ inline uint32_t SharedAddress(const void* shared) {
@@ -23,11 +24,11 @@ __device__ inline void CopyAsync16(bool wanted, void* shared, const void* global
                : "memory");
 }
 
-// Copies of 4 or 8 bytes, through L1.
+// Copies of 4 or 8 bytes, through L1, between addresses.
 template <int kBytes>
-__device__ inline void CopyAsync(bool wanted, void* shared, const void* global) {
+__device__ inline void CopyAsync(bool wanted, uint32_t shared, int64_t global) {
   asm volatile("{.reg .pred p; setp.ne.b32 p, %0, 0; @p cp.async.ca.shared.global [%1], [%2], %3;}" ::"r"(+wanted),
-               "r"(SharedAddress(shared)), "l"(global), "n"(kBytes)
+               "r"(shared), "l"(global), "n"(kBytes)
                : "memory");
 }
 
