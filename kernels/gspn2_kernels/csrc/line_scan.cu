@@ -71,8 +71,8 @@ Kernel ThinKernel(int positions, int stages) {
 template <class Tile>
 Kernel DirectKernelOf() {
   // What it has of shared memory is its own.
-  return {reinterpret_cast<const void*>(&DirectKernel<Tile>), kLanes * Tile::kPositions, Tile::kVector, kLanes,
-          [](int, int, int) { return Layout{}; }};
+  return {reinterpret_cast<const void*>(&DirectKernel<Tile>), kLanes * Tile::kPositions, Tile::kVector,
+          kLanes * Tile::kWarps, [](int, int, int) { return Layout{}; }};
 }
 
 template <typename T>
@@ -81,7 +81,9 @@ Kernel Find(const Plan& plan) {
   switch (plan.kind) {
     case Kind::kWide: return WideKernel<T>(plan.positions);
     case Kind::kThin: return ThinKernel<T>(plan.positions, plan.stages);
-    default: return plan.positions == 1 ? DirectKernelOf<DirectTile<T, 1>>() : DirectKernelOf<DirectTile<T, 2>>();
+    default:
+      if (plan.line_warps == 2) return DirectKernelOf<DirectTile<T, 1, 2>>();
+      return plan.positions == 1 ? DirectKernelOf<DirectTile<T, 1>>() : DirectKernelOf<DirectTile<T, 2>>();
   }
 }
 
@@ -119,13 +121,17 @@ bool Fits(const Shape& shape, Dtype dtype, const Plan& plan, const Device& devic
          kernel.layout(plan.line_warps, plan.channel_warps, groups).total <= device.shared_bytes;
 }
 
-// Few warps, which have a multiprocessor each, and lines that a warp can hold.
+// Few blocks, which have a multiprocessor each, of a warp that can hold a line, or of two for more channels.
 bool ChooseDirect(const Shape& shape, Dtype dtype, const Device& device, Plan* plan) {
-  const int64_t length = std::max(shape.height, shape.width), vector = 8 / SizeOf(dtype);
-  if (length > 2 * kLanes || shape.channels / shape.groups % vector) return false;
-  if (4 * shape.batch * shape.channels / vector > device.processors) return false;
-  *plan = {Kind::kDirect, static_cast<int>(Quotient<int64_t>(length, kLanes)), 0, 1, 1, false};
-  return true;
+  const int64_t length = std::max(shape.height, shape.width), each = shape.channels / shape.groups;
+  if (length > 2 * kLanes) return false;
+  int64_t vector = kChunk / SizeOf(dtype);
+  *plan = {Kind::kDirect, 1, 0, 2, 1, false};
+  if (length <= kLanes || each % vector) {
+    vector = 8 / SizeOf(dtype);
+    *plan = {Kind::kDirect, static_cast<int>(Quotient<int64_t>(length, kLanes)), 0, 1, 1, false};
+  }
+  return each % vector == 0 && 4 * shape.batch * shape.channels / vector <= device.processors;
 }
 
 // Few warps that are wide: four or two along the channels, if that leaves a block for seven of ten multiprocessors, and

@@ -15,20 +15,28 @@
 
 namespace gspn2 {
 
-template <typename T, int P>
+// With two warps, each holds half of the positions; what one needs of the other's states goes through shared memory.
+template <typename T, int P, int kWarps_ = 1>
 struct DirectTile {
   using Number = T;
-  static constexpr int kVectorBytes = 8, kVector = kVectorBytes / sizeof(T), kPositions = P;
+  static constexpr int kWarps = kWarps_, kPositions = P;
+  static constexpr int kVectorBytes = 8 * kWarps, kVector = kVectorBytes / sizeof(T);
+  static_assert(kWarps == 1 || (kWarps == 2 && P == 1));
   // Lines between asking for a line and using it: more than DRAM's latency. Pairs of lines, and logits that are used a
   // line early, make for three stages more.
   static constexpr int kAhead = 5, kStages = kAhead + 3;
   static constexpr int kTensor = kLanes * P * kVectorBytes, kLogits = 3 * kTensor;
   static constexpr int kStage = kLogits + kLanes * P * kLogitSlot<T>;
+  static constexpr int kMemory = kStages * kStage;  // of a warp
+  static constexpr int kEdge = kVector * sizeof(float);  // states at the border between two warps, of one of them
 
   // Where the stage of a line begins, and which place a position has in a stage: the lanes' first positions lie side
   // by side, then their next ones.
   __device__ static int StageOf(int line) { return static_cast<unsigned>(line) % kStages * kStage; }
   __device__ static int PlaceOf(int position) { return position % P * kLanes + position / P; }
+
+  __device__ static int Warp() { return kWarps == 1 ? 0 : threadIdx.x / kLanes; }
+  __device__ static int Lane() { return kWarps == 1 ? threadIdx.x : threadIdx.x % kLanes; }
 };
 
 // Copies of kWords words, of kBytes each, at every position of two lines at once.
@@ -37,7 +45,7 @@ class PairCopies {
  public:
   // `from` is where the first word of position 0 is in the first line.
   __device__ PairCopies(const Direction& lines, const char* from, int pixel, char* to) {
-    const int lane = threadIdx.x, word = lane % kWordLanes, second = lane / kWordLanes % 2;
+    const int lane = Tile::Lane(), word = lane % kWordLanes, second = lane / kWordLanes % 2;
     const int position = lane / (2 * kWordLanes);
     lines_ = lines.lines - second;
     pair_step_ = 2 * lines.step * pixel;
@@ -100,12 +108,12 @@ class DirectCopies {
            scan.channels * kSize, memory),
         logits_(job.lines, scan.logits + job.FirstPixel(scan) * 12 * scan.groups * kSize + (index_ * 3 * kSize & ~3),
                 12 * scan.groups * kSize, memory + Tile::kLogits) {
-    const int position = threadIdx.x * P, pixel = 4 * kSize * scan.channels;
+    const int position = Tile::Lane() * P, pixel = 4 * kSize * scan.channels;
     here_ = job.lines.positions - position;
     lines_ = job.lines.lines;
-    values_ = memory + threadIdx.x * Tile::kVectorBytes;
+    values_ = memory + Tile::Lane() * Tile::kVectorBytes;
     to_ = SharedAddress(values_);
-    slots_ = memory + Tile::kLogits + threadIdx.x * kLogitSlot<T>;
+    slots_ = memory + Tile::kLogits + Tile::Lane() * kLogitSlot<T>;
     step_ = job.lines.step * pixel;
     // A lane beyond the line copies what is at position 0, and nobody reads it.
 #pragma unroll
@@ -169,7 +177,10 @@ class DirectCopies {
   // with what it used, the others know by the barrier.
   __device__ void Wait() const {
     WaitForCopies<Tile::kAhead - 1>();
-    __syncwarp();
+    if constexpr (Tile::kWarps == 1)
+      __syncwarp();
+    else
+      __syncthreads();
   }
 
   // Writes the next line of y.
@@ -219,20 +230,36 @@ class DirectStates {
   using T = typename Tile::Number;
   static constexpr int P = Tile::kPositions, V = Tile::kVector;
 
-  __device__ void Restart() {
+  __device__ explicit DirectStates(char* edges)
+      : own_(edges + Tile::Warp() * Tile::kEdge), other_(edges + (1 - Tile::Warp()) * Tile::kEdge) {}
+
+  // Before a line.
+  __device__ void Restart(int line) {
 #pragma unroll
     for (int p = 0; p < P; ++p)
 #pragma unroll
       for (int v = 0; v < V; ++v) h_[p][v] = 0.0f;
+    SendEdge(line % 2);
   }
 
   // Sends the outermost states to the neighbours.
-  __device__ void Exchange() {
+  __device__ void Exchange(int odd) {
 #pragma unroll
     for (int v = 0; v < V; ++v) {
       before_[v] = __shfl_up_sync(~0u, h_[P - 1][v], 1);
       after_[v] = __shfl_down_sync(~0u, h_[0][v], 1);
     }
+    if constexpr (Tile::kWarps == 2) {
+      if (threadIdx.x == kLanes - 1) ReadEdge(odd, after_);
+      if (threadIdx.x == kLanes) ReadEdge(odd, before_);
+    }
+  }
+
+  // Leaves the states next to the other warp where that finds them after the barrier, for a line that is odd or not.
+  // There are two places: of two lines one after the other, only one is certainly read.
+  __device__ void SendEdge(int odd) const {
+    if constexpr (Tile::kWarps == 2)
+      if (threadIdx.x == kLanes - 1 || threadIdx.x == kLanes) ToWords<float>(h_[0]).Write(own_ + odd * 2 * Tile::kEdge);
   }
 
   // Reads x, lam and u of a line, and the logits of the line whose weights come next.
@@ -287,10 +314,28 @@ class DirectStates {
   }
 
  private:
+  __device__ void ReadEdge(int odd, float (&to)[V]) const {
+    const auto words = Words<Tile::kEdge>::Read(other_ + odd * 2 * Tile::kEdge);
+#pragma unroll
+    for (int v = 0; v < V; ++v) to[v] = Get<float>(words, v);
+  }
+
   Words<Tile::kVectorBytes> x_[P], lam_[P], u_[P];
   float4 logits_[P], weights_[P];
   float h_[P][V], before_[V], after_[V];
+  char *const own_, *const other_;  // the edges of the two warps
 };
+
+// What a warp works on: of all positions, its own.
+template <class Tile>
+__device__ inline Job DirectJob(const Scan& scan) {
+  Job job(scan, Tile::kVector, false);
+  const int first = Tile::Warp() * kLanes * Tile::kPositions, left = job.lines.positions - first;
+  // A warp that has none copies the first positions, and does nothing with them.
+  job.lines.positions = max(left, 0);
+  if (left > 0) job.lines.start += first * job.lines.across;
+  return job;
+}
 
 // Takes the states to a line. What takes long comes last: shuffles and reads of shared memory would wait behind copies
 // and stores.
@@ -298,10 +343,11 @@ template <bool kOdd, class Tile>
 __device__ inline void Step(int line, DirectCopies<Tile>& copies, DirectStates<Tile>& states,
                             Words<Tile::kVectorBytes> (&y)[Tile::kPositions]) {
   copies.Wait();
-  states.Exchange();
+  states.Exchange(kOdd);
   states.Read(copies, line, line + 1);
   copies.template Move<kOdd != Tile::kAhead % 2>(y, line > 0, line + Tile::kAhead);
   states.Advance(copies);
+  states.SendEdge(!kOdd);
   states.Outflow(y);
   // After the last line this works on numbers that nobody reads.
   states.Weigh(copies);
@@ -309,12 +355,13 @@ __device__ inline void Step(int line, DirectCopies<Tile>& copies, DirectStates<T
 
 // Lines go by two, an even one first: then it is known beforehand which half of a pair is due.
 template <class Tile>
-__global__ void __launch_bounds__(kLanes) DirectKernel(const __grid_constant__ Scan scan) {
-  __shared__ __align__(16) char memory[Tile::kStages * Tile::kStage];
-  const Job job(scan, Tile::kVector, false);
+__global__ void __launch_bounds__(kLanes * Tile::kWarps) DirectKernel(const __grid_constant__ Scan scan) {
+  constexpr int kEdges = Tile::kWarps * Tile::kMemory;
+  __shared__ __align__(16) char memory[kEdges + 4 * (Tile::kWarps - 1) * Tile::kEdge];
+  const Job job = DirectJob<Tile>(scan);
   const int lines = job.lines.lines;
-  DirectCopies<Tile> copies(scan, job, memory);
-  DirectStates<Tile> states;
+  DirectCopies<Tile> copies(scan, job, memory + Tile::Warp() * Tile::kMemory);
+  DirectStates<Tile> states(memory + kEdges);
   Words<Tile::kVectorBytes> y[Tile::kPositions];
 
   copies.LoadFirst();
@@ -322,7 +369,7 @@ __global__ void __launch_bounds__(kLanes) DirectKernel(const __grid_constant__ S
   states.Read(copies, 0, 0);
   states.Weigh(copies);
   for (int line = 0; line < lines;) {
-    states.Restart();
+    states.Restart(line);
     const int end = min(scan.segment, lines - line) + line;
     if (line % 2) Step<true>(line++, copies, states, y);
 #pragma unroll 1

@@ -24,12 +24,17 @@ __device__ inline void CopyAsync16(bool wanted, void* shared, const void* global
                : "memory");
 }
 
-// Copies of 4 or 8 bytes, through L1, between addresses.
+// Copies of 4 or 8 bytes, through L1, or of 16, past it, between addresses.
 template <int kBytes>
 __device__ inline void CopyAsync(bool wanted, uint32_t shared, int64_t global) {
-  asm volatile("{.reg .pred p; setp.ne.b32 p, %0, 0; @p cp.async.ca.shared.global [%1], [%2], %3;}" ::"r"(+wanted),
-               "r"(shared), "l"(global), "n"(kBytes)
-               : "memory");
+  if constexpr (kBytes == 16)
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %0, 0; @p cp.async.cg.shared.global [%1], [%2], 16;}" ::"r"(+wanted),
+                 "r"(shared), "l"(global)
+                 : "memory");
+  else
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %0, 0; @p cp.async.ca.shared.global [%1], [%2], %3;}" ::"r"(+wanted),
+                 "r"(shared), "l"(global), "n"(kBytes)
+                 : "memory");
 }
 
 // Copies words that lie side by side, through L1.
@@ -70,6 +75,10 @@ __device__ inline void StoreWords(bool wanted, void* global, const uint32_t (&w)
   asm volatile("{.reg .pred p; setp.ne.b32 p, %0, 0; @p st.global.v2.b32 [%1], {%2, %3};}" ::"r"(+wanted), "l"(global),
                "r"(w[0]), "r"(w[1])
                : "memory");
+}
+
+__device__ inline void StoreWords(bool wanted, void* global, const uint32_t (&w)[4]) {
+  Store16(wanted, global, make_uint4(w[0], w[1], w[2], w[3]));
 }
 
 __device__ inline float Exp2(float a) {
