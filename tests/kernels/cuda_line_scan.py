@@ -197,6 +197,7 @@ def plans(length: int, row: int) -> Iterator[tuple[int, ...]]:
             yield 0, positions, stages, -(-length // (8 * positions)), 1, helped
     for positions in (1, 2):
         yield 2, positions, 0, 1, 1, 0
+    yield 2, 1, 0, 2, 1, 0
 
 
 def milliseconds(function: Callable[[], object], launches: int, replays: int) -> float:
