@@ -16,7 +16,7 @@ namespace gspn2 {
 namespace {
 
 // Wide tiles hold 16 bytes of channels a lane, for throughput; thin ones 4 bytes, so that few channels keep many warps
-// busy. A direct kernel is a warp a block, for the fewest.
+// busy. A direct kernel is one warp a block or two, for the fewest.
 enum class Kind { kThin, kWide, kDirect };
 
 // How a block is made up. positions is 0 for the plain kernel, which holds channel_warps channels a block; stages
