@@ -139,7 +139,8 @@ __device__ inline void Step(int line, DirectCopies<Tile>& copies, DirectStates<T
   copies.Wait();
   states.Exchange(kOdd);
   states.Read(copies, line, line + 1);
-  copies.template Move<kOdd != Tile::kAhead % 2>(y, line > 0, line + Tile::kAhead);
+  copies.Store(y, line > 0);
+  copies.template Load<kOdd != Tile::kAhead % 2>(line + Tile::kAhead);
   states.Advance(copies);
   states.SendEdge(!kOdd);
   states.Outflow(y);

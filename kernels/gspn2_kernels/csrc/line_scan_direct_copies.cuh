@@ -129,34 +129,22 @@ class DirectCopies {
     logits_.template Load<true>(1);
     static_assert(Tile::kAhead % 2 == 1);
 #pragma unroll 1
-    for (int line = 0; line < Tile::kAhead - 1; line += 2) LoadOrNot<false>(line), LoadOrNot<true>(line + 1);
-    LoadOrNot<false>(Tile::kAhead - 1);
+    for (int line = 0; line < Tile::kAhead - 1; line += 2) Load<false>(line), Load<true>(line + 1);
+    Load<false>(Tile::kAhead - 1);
   }
 
-  // Writes y of the line before, if any, and asks for a line ahead, if any. All is inside of branches, which begin with
-  // different things: the compiler would move shuffles behind what is outside.
-  template <bool kOdd>
-  __device__ void Move(const Vector (&y)[P], bool there, int line) {
-    if (line < lines_) {
-      Store(y, there);
-      Load<kOdd>(line);
-    } else {
-      CommitCopies();
-      Store(y, there);
-    }
-  }
-
-  // Asks for lam and u of `line`, and for what else is due with it.
+  // Asks for lam and u of `line`, and for what else is due with it, where there is such a line.
   template <bool kOdd>
   __device__ void Load(int line) {
+    const bool there = line < lines_;
     lam_ += step_;
     u_ += step_;
     Keep(lam_), Keep(u_);
     const uint32_t to = to_ + Tile::StageOf(line - kOdd) + kOdd * Tile::kStage;
 #pragma unroll
     for (int p = 0; p < P; ++p) {
-      CopyAsync<Tile::kVectorBytes>(true, to + Place(1, p), lam_ + offsets_[p]);
-      CopyAsync<Tile::kVectorBytes>(true, to + Place(2, p), u_ + offsets_[p]);
+      CopyAsync<Tile::kVectorBytes>(there, to + Place(1, p), lam_ + offsets_[p]);
+      CopyAsync<Tile::kVectorBytes>(there, to + Place(2, p), u_ + offsets_[p]);
     }
     x_.template Load<!kOdd>(line + 1);
     logits_.template Load<kOdd>(line + 2);
@@ -192,14 +180,6 @@ class DirectCopies {
   }
 
  private:
-  template <bool kOdd>
-  __device__ void LoadOrNot(int line) {
-    if (line < lines_)
-      Load<kOdd>(line);
-    else
-      CommitCopies();
-  }
-
   __device__ static constexpr int Place(int tensor, int p) {
     return tensor * Tile::kTensor + p * kLanes * Tile::kVectorBytes;
   }
