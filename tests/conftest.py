@@ -16,6 +16,8 @@ from click.testing import CliRunner, Result
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+pytest.register_assert_rewrite("helpers")
+
 import timm  # noqa: E402
 from timm.models import VisionTransformer  # noqa: E402
 

@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -30,6 +29,7 @@ from gspn2convert.model import build_student
 from gspn2convert.recipe import Mixer, RecoverLosses, parse_recipe
 from gspn2convert.recover import RecoverStage
 from gspn2convert.stage import AlignStage
+from helpers.processes import run_two
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -157,25 +157,7 @@ def folder(tmp_path_factory, free_ports):
     folder = tmp_path_factory.mktemp("two")
     with pytest.raises(Interrupted, match="stage recover after 3 of 6"):
         convert(folder / "stopped by one", terminate_at_read=62)
-    ports = [str(port) for port in free_ports(4)]
-    shared = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    shared |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, folder, *ports],
-            env=os.environ | shared | {"RANK": rank, "LOCAL_RANK": rank},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in ("0", "1")
-    ]
-    try:
-        outputs = [process.communicate(timeout=600)[0] for process in processes]
-    finally:
-        for process in processes:  # what waits for the other one would wait for long
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], outputs
+    run_two(__file__, folder, *free_ports(4))
     return folder
 
 

@@ -29,6 +29,7 @@ from gspn2convert.distill import Options, distill_student
 from gspn2convert.images import ImageSet
 from gspn2convert.interrupt import Interrupted
 from gspn2convert.recipe import parse_recipe
+from helpers.processes import environment
 
 RECIPE = """
 name: killed
@@ -61,7 +62,7 @@ class Attempts:
     def __init__(self):
         self._process = subprocess.Popen(
             [sys.executable, __file__],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+            env=environment(),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

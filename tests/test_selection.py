@@ -28,6 +28,7 @@ from gspn2convert.selection import Selector, build_hybrid, evenly_spaced, greedy
 from gspn2convert.teachers import load_teacher
 from gspn2convert.train import make_accelerator
 from gspn2convert.vit import data_config
+from helpers.processes import environment
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -237,9 +238,8 @@ def test_a_sample_of_held_out_images_is_from_all_over_them(tiny_teacher):
 
 def in_two_processes(folder, what):
     """What each process of `choose_with_others` wrote."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__, folder, what)
-    done = subprocess.run([sys.executable, *launch], env=environment, timeout=600, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, *launch], env=environment(), timeout=600, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return [json.loads((folder / str(rank)).read_text()) for rank in range(2)]
 
