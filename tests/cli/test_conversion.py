@@ -1,0 +1,150 @@
+"""A conversion by the command line: distill, evaluate, export, describe and bench, and JSON that parses."""
+
+import json
+import os
+import subprocess
+import sys
+
+import onnx
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from helpers.command_line import PROGRAM
+
+
+def test_distill_reports_every_stage(place, converted):
+    assert [stage["stage"] for stage in converted["stages"]] == ["fit", "align", "recover"]
+    assert all(0 <= stage["top1"] <= 1 and 0 < stage["patch_cosine"] <= 1 for stage in converted["stages"])
+    assert len(converted["layers"]) == 2
+    stored = json.loads((place / "student" / "metrics.json").read_text())
+    assert {**stored, "output": f"{place}/student"} == converted
+
+
+def test_distill_shows_a_table(place, run):
+    result = run("distill --teacher {}/teacher --data {}/data --recipe {}/tiny.yaml --output {}/fit --stages 0")
+    assert result.exit_code == 0, result.output
+    titles, row, *_ = result.stdout.splitlines()
+    assert titles.split() == "after stage seconds patch cosine prefix cosine agreement top-1".split()
+    assert row.split()[0] == "fit"
+    metrics = json.loads((place / "fit" / "metrics.json").read_text())
+    assert row.split()[2] == f"{metrics['stages'][0]['patch_cosine']:.4f}"
+
+
+def test_distill_shows_the_blocks_that_were_chosen(place, run):
+    line = "distill --teacher {}/teacher --data {}/data --recipe {}/tiny.yaml --output {}/auto --stages 0 --keep auto:1"
+    result = run(line)
+    assert result.exit_code == 0, result.output
+    found = json.loads((place / "auto" / "metrics.json").read_text())["selection"]
+    shown = result.stdout.splitlines()
+    start = shown.index(f"blocks that keep attention (auto:1), chosen by KL of the logits: {found['kept'][0]}")
+    rows = [row.split() for row in shown[start + 2 : start + 6]]
+    for one, row in zip(found["passes"][0]["sets"], rows, strict=True):
+        blocks = str(one["layers"][0]) if one["layers"] else "none"
+        figures = [blocks, f"{one['kl']:.4f}", f"{one['divergence']:.4f}", f"{100 * one['retention']:.2f}", "%"]
+        assert row == ["fit:", *one["set"].split(), *figures]
+    layers = json.loads(run("describe {}/auto --json").stdout)["layers"]
+    assert [layer["error"] is None for layer in layers] == [layer["layer"] in found["kept"] for layer in layers]
+    assert "1 of 2 blocks keep attention, chosen automatically" in run(f"{line} --dry-run").stdout
+
+
+def test_of_two_processes_one_tells_what_both_do_and_both_warn(place, tmp_path):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *PROGRAM[1:]]
+    line = f"distill --teacher {place}/teacher --data {place}/data --recipe {place}/tiny.yaml --stages 1,2 --device cpu"
+    result = subprocess.run(
+        [*launch, *line.split(), "--output", tmp_path / "out"],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("stage recover: held-out cosine raw") == 1
+    assert result.stderr.count("recover 2/2 loss") == 1
+    assert result.stderr.count("without a student to go on from, the mixers start at random") == 2
+    assert result.stdout.count(f"wrote {tmp_path}/out") == 1
+
+
+def test_dry_run_plans_and_writes_nothing(tmp_path, run):
+    line = f"distill --teacher {{}}/teacher --recipe {{}}/tiny.yaml --output {tmp_path}/out --dry-run"
+    plan = json.loads(run(f"{line} --json").stdout)["plan"]
+    assert plan["converted_layers"] == [0, 1]
+    assert [(stage["stage"], stage["steps"]) for stage in plan["stages"]] == [("align", 2), ("recover", 2)]
+    assert f"{plan['parameters']['student']:,}" in run(line).stdout
+    assert not (tmp_path / "out").exists()
+
+
+def test_evaluate_agrees_with_what_distill_measured(run, converted):
+    result = run("evaluate {}/student --data {}/data --teacher {}/teacher --knn --json --device cpu")
+    found = json.loads(result.stdout)
+    assert found["top1"] == pytest.approx(converted["stages"][-1]["top1"])
+    assert found["teacher_top1"] == pytest.approx(converted["teacher_top1"])
+    assert 0 <= found["knn"] <= 1
+    shown = run("evaluate {}/student --data {}/data --teacher {}/teacher --knn --device cpu").stdout
+    assert f"{100 * found['agreement']:.2f} %" in shown
+    assert f"{found['patch_cosine']['mean']:.4f}" in shown
+    alone = run("evaluate {}/student --data {}/data --teacher none").stdout
+    assert "teacher" not in alone
+    assert f"{100 * found['top1']:.2f} %" in alone
+
+
+@pytest.mark.usefixtures("converted")
+def test_evaluate_shows_all_that_it_can_find_out(run):
+    line = "evaluate {}/student --data {}/data --teacher {}/teacher --knn --linear --cka --precision bf16 --device cpu"
+    found = json.loads(run(f"{line} --json").stdout)
+    assert found["precision"] == "bf16"
+    assert found["linear_kept"] == pytest.approx(found["linear"] / found["teacher_linear"])
+    assert len(found["cka"]) == 2
+    shown = run(line).stdout
+    rows = {row[:30].strip(): row[30:].split("  ") for row in shown.splitlines()}
+    cells = [cell.strip() for cell in rows["linear probe top-1"] if cell.strip()]
+    assert cells == [f"{100 * found[key]:.2f} %" for key in ("linear", "teacher_linear", "linear_kept")]
+    assert f"{100 * found['neighbour_agreement']:.2f} %" in "".join(rows["neighbours in common (10)"])
+    assert f"{sum(found['cka']) / 2:.4f} (least: {min(found['cka']):.4f})" in "".join(rows["CKA of the blocks"])
+
+
+@pytest.mark.usefixtures("converted")
+def test_export_writes_files_that_load(place, run):
+    shown = run("export {}/student --size 32x48").stdout
+    assert "1x3x32x48" in shown
+    assert "2 LineScan nodes" in shown
+    onnx.checker.check_model(place / "student" / "model.onnx")
+    result = run("export {}/student --format safetensors --dtype fp16 --json")
+    assert json.loads(result.stdout)["path"] == f"{place}/student/model-fp16.safetensors"
+    half = load_file(place / "student" / "model-fp16.safetensors")
+    whole = load_file(place / "student" / "model.safetensors")
+    assert half.keys() == whole.keys()
+    assert all(torch.equal(half[name], whole[name].half()) for name in whole)
+
+
+def test_describe_shows_layers_of_both(run, converted):
+    found = json.loads(run("describe {}/student --json").stdout)
+    assert [layer["kind"] for layer in found["layers"]] == ["gspn2", "gspn2"]
+    expected = [layer["errors"][layer["method"]] for layer in converted["layers"]]
+    assert [layer["error"] for layer in found["layers"]] == expected
+    assert found["cost"]["parameters"] == converted["parameters"]["student"]
+    assert f"{expected[0]:.3f}" in run("describe {}/student").stdout
+    teacher = json.loads(run("describe {}/teacher --size 32x64 --json").stdout)
+    assert [layer["kind"] for layer in teacher["layers"]] == ["attention", "attention"]
+    assert teacher["cost"]["grid"] == [4, 8]
+    assert "attention" in run("describe {}/teacher").stdout
+
+
+@pytest.mark.usefixtures("converted")
+def test_static_export_runs_what_it_was_made_for(place, run):
+    shown = run("export {}/student --static 2,3,32,40 --dtype fp16").stdout
+    assert "student/model-fp16-2x3x32x40.onnx" in shown
+    assert "free to change: nothing" in shown
+    line = "run {}/student/model-fp16-2x3x32x40.onnx --images {}/data/test/ant --no-library --json"
+    found = json.loads(run(line).stdout)
+    assert found["session"]["inputs"] == ["image: fp16 (2, 3, 32, 40)"]
+    assert len(found["results"]) == 4
+
+
+@pytest.mark.usefixtures("converted")
+def test_bench_gives_its_verdict(run):
+    found = json.loads(run("bench {}/student --against {}/teacher --sizes 32,32x64 --device cpu --json").stdout)
+    assert [(row["height"], row["width"]) for row in found["sizes"]] == [(32, 32), (32, 64)]
+    shown = run("bench {}/student --against {}/teacher --sizes 32 --device cpu --batch-size 2").stdout
+    assert "Verdict: the student is " in shown
