@@ -1,4 +1,4 @@
-"""What every test can use: markers, a tiny teacher, the command line."""
+"""What every test can use: markers, tiny models, folders of pictures, files of a student, the command line."""
 
 import contextlib
 import os
@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import huggingface_hub.constants
 import pytest
 import torch
 from click.testing import CliRunner, Result
@@ -77,6 +78,50 @@ def make_teacher() -> MakeTeacher:
 def tiny_teacher(make_teacher: MakeTeacher) -> VisionTransformer:
     """The plain case: one class token, a head of 5 classes."""
     return make_teacher()
+
+
+@pytest.fixture
+def make_pair(make_teacher: MakeTeacher) -> Callable[..., tuple[VisionTransformer, VisionTransformer]]:
+    """Makes a student whose every weight is off, and its teacher."""
+
+    from gspn2convert.model import build_student
+    from gspn2convert.recipe import Mixer
+
+    def make(layers=(0, 1), **changes):
+        teacher = make_teacher(**{"reg_tokens": 2, "init_values": 0.5} | changes)
+        student = build_student(teacher, list(layers), Mixer(proxy_dim=6).resolve(32))
+        generator = torch.Generator().manual_seed(2)
+        for parameter in student.parameters():
+            parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+        return student, teacher
+
+    return make
+
+
+@pytest.fixture
+def make_folder(tmp_path: Path) -> Callable[..., Path]:
+    """Makes a folder of pictures: 0.png, 1.png, ... or any given names; those in `broken` are cut short."""
+
+    from helpers.pictures import png
+
+    def make(count: int = 10, *, names: list[str] | None = None, broken: tuple[int, ...] = ()) -> Path:
+        folder = tmp_path / "pictures"
+        for number, name in enumerate(names or [f"{number}.png" for number in range(count)]):
+            file = folder / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            content = png(number)
+            file.write_bytes(content[: len(content) // 2] if number in broken else content)
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """No network and an empty cache, for the hub's client."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "hub"
 
 
 class Exported(NamedTuple):

@@ -4,45 +4,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gspn2convert.losses import token_deviations
-from gspn2convert.model import build_student
-from gspn2convert.recipe import Align, Mixer, Recover, RecoverLosses
+from gspn2convert.recipe import Align, Recover, RecoverLosses
 from gspn2convert.recover import RecoverStage, tapped_tokens
 from gspn2convert.stage import AlignStage, frozen_tokens
+from helpers.stages import IMAGES, LOSSES, deviations, make_recover
 
-LOSSES = RecoverLosses(prefix=1.0, patch=0.9, smooth_l1=0.1, mixer=0.5, logits=0.7, temperature=2.0, mixer_until=0.6)
-IMAGES = torch.randn(4, 3, 32, 48, generator=torch.Generator().manual_seed(1))
 ALIGN = Align(steps=4, batch_size=4, weight_decay=0.1)
 RECOVER = Recover(steps=4, batch_size=4, mixer_lr=5e-4, lr=1e-4, final_lr_ratio=0.01, weight_decay=0.02)
 
 
 @pytest.fixture
-def make_pair(make_teacher):
-    """Makes a student whose every weight is off, and its teacher."""
-
-    def make(layers=(0, 1), **changes):
-        teacher = make_teacher(**{"reg_tokens": 2, "init_values": 0.5} | changes)
-        student = build_student(teacher, list(layers), Mixer(proxy_dim=6).resolve(32))
-        generator = torch.Generator().manual_seed(2)
-        for parameter in student.parameters():
-            parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
-        return student, teacher
-
-    return make
-
-
-@pytest.fixture
 def pair(make_pair):
     return make_pair()
-
-
-def make_recover(student, teacher, losses=LOSSES):
-    return RecoverStage(student, teacher, losses, deviations(teacher, IMAGES))
-
-
-@torch.no_grad()
-def deviations(teacher, *batches):
-    return token_deviations([teacher.forward_features(images) for images in batches], teacher.num_prefix_tokens)
 
 
 @torch.no_grad()
@@ -253,61 +226,3 @@ def test_a_teacher_runs_in_its_own_dtype_under_autocast(make_pair, dtype):
             expected = teacher.forward_features(IMAGES.to(dtype))
     assert found.dtype == dtype
     torch.testing.assert_close(found, expected, rtol=0, atol=0.0 if dtype == torch.bfloat16 else 0.1)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_cuda_graphs_give_what_the_pass_gives(make_pair, dtype):
-    student, teacher = (model.cuda() for model in make_pair())
-    spread = deviations(teacher, IMAGES.cuda())
-    stage = RecoverStage(student, teacher.to(dtype), LOSSES, spread).cuda()
-
-    def gradients(terms):
-        stage.zero_grad()
-        torch.stack([term for name, term in terms.items() if name != "loss"]).sum().backward()
-        return {name: p.grad.clone() for name, p in stage.named_parameters() if p.grad is not None}
-
-    with torch.autocast("cuda", torch.bfloat16, enabled=dtype == torch.bfloat16):
-        stage.record(IMAGES.cuda())
-    for progress in (0.0, 0.1, 0.7, 0.8, 0.2):  # with the mixer term, and without it
-        images = torch.randn(4, 3, 32, 48, device="cuda") + 0.5
-        tapped = tapped_tokens(progress, 27).cuda() if progress < 0.6 else None
-        with torch.autocast("cuda", torch.bfloat16, enabled=dtype == torch.bfloat16):
-            replayed, plain = stage(images, progress), stage.terms(images, tapped)
-        assert set(replayed) == {"loss", *plain}
-        for name, value in plain.items():
-            assert replayed[name].item() == pytest.approx(value.item(), rel=1e-4), name
-        ours, theirs = gradients(replayed), gradients(plain)
-        assert set(ours) == set(theirs)
-        for name, value in theirs.items():
-            torch.testing.assert_close(ours[name], value, rtol=1e-3, atol=1e-3 * value.abs().max().item(), msg=name)
-        with torch.no_grad():
-            for parameter in stage.parameters():
-                parameter += 0.01 * torch.randn_like(parameter)  # what a replay must see
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_graph_of_align_gives_what_the_pass_gives(make_pair, dtype):
-    student, teacher = (model.cuda() for model in make_pair())
-    stage = AlignStage(student, teacher.to(dtype))
-    autocast = {"device_type": "cuda", "dtype": torch.bfloat16, "enabled": dtype == torch.bfloat16}
-    with torch.autocast(**autocast):
-        stage.record(IMAGES.cuda())
-    for _ in range(3):
-        images = torch.randn(4, 3, 32, 48, device="cuda") + 0.5
-        gradients = []
-        for run in (stage, lambda images, _: {"loss": torch.stack(list(stage.terms(images).values())).mean()}):
-            stage.zero_grad()
-            with torch.autocast(**autocast):
-                loss = run(images, 0.0)["loss"]
-            loss.backward()
-            gradients.append(
-                [loss.detach().clone(), *(p.grad.clone() for p in stage.parameters() if p.grad is not None)]
-            )
-        assert len(gradients[0]) == len(gradients[1]) > 1
-        for ours, plain in zip(*gradients, strict=True):
-            torch.testing.assert_close(ours, plain, rtol=1e-3, atol=1e-3 * plain.abs().max().item())
-        with torch.no_grad():
-            for parameter in stage.parameters():
-                parameter += 0.01 * torch.randn_like(parameter)  # what a replay must see
