@@ -1,85 +1,21 @@
-"""Streams: the same views however they are read, held-out images kept apart, runs that go on where they stopped."""
+"""Streams: the same views however they are read, and held-out images kept apart."""
 
-import functools
-import http.server
-import io
 import json
 import logging
 import pickle
-import signal
-import sys
-import tarfile
 import threading
-from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from safetensors.torch import load_file
 
-from gspn2convert.data import batches, open_images, split_images, train_batches
-from gspn2convert.demo_data import FILE as DEMO_IMAGES
-from gspn2convert.distill import Options, distill
+from gspn2convert.data import batches, open_images, split_images
 from gspn2convert.errors import UserError
-from gspn2convert.hub import expand
-from gspn2convert.interrupt import Interrupted
-from gspn2convert.recipe import Augment, parse_recipe
-from gspn2convert.stream import Row, Stream, ahead
-
-datasets = pytest.importorskip("datasets")
-pa = pytest.importorskip("pyarrow")
-parquet = pytest.importorskip("pyarrow.parquet")
+from gspn2convert.recipe import Augment
+from gspn2convert.stream import ahead
+from helpers.streams import CLASSES, CONFIG, FEW, numbers_of, picture, png, train, write_parquet
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-CONFIG = {
-    "input_size": (3, 24, 32),
-    "mean": (0.5, 0.4, 0.3),
-    "std": (0.2, 0.3, 0.4),
-    "interpolation": "bicubic",
-    "crop_pct": 1.0,
-    "crop_mode": "center",
-}
-DEMO_RECIPE = """
-name: short
-mixer: {proxy_dim: C/4}
-fit: {images: 48, held_out: 16, batch_size: 16}
-align: {steps: 4, batch_size: 24}
-recover: {steps: 9, batch_size: 24, mixer_lr: 2.0e-4, lr: 5.0e-5, ema: 0.9}
-augment: {scale: [0.7, 1.0], color_jitter: 0.0}
-keep: "0,1,2,3,4"
-eval_every: 4
-held_out: 32
-seed: 3
-"""
-DEMO = parse_recipe(DEMO_RECIPE, "test")
-FEW = replace(DEMO, fit=replace(DEMO.fit, images=5), held_out=4)
-CLASSES = ["ant", "bee", "cat"]
-COLUMNS = {"picture": datasets.Image(), "kind": datasets.ClassLabel(names=CLASSES), "title": datasets.Value("string")}
-
-
-def picture(number: int, size: tuple[int, int] = (40, 32)) -> Image.Image:
-    """A smooth coloured picture; no two numbers give the same."""
-    rows, columns = np.mgrid[: size[1], : size[0]]
-    channels = [rows * 9 + number * 37, columns * 7 + number * 59, (rows + columns) * 4 + number * 83]
-    return Image.fromarray((np.stack(channels, -1) % 256).astype(np.uint8))
-
-
-def png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def write_parquet(file: Path, contents: list[bytes], labels: list[int], columns: dict = COLUMNS) -> None:
-    """A file as `datasets` writes it, in small row groups."""
-    image, label = list(columns)[:2]
-    table = {image: [{"bytes": one, "path": None} for one in contents], label: labels, "title": ["x"] * len(labels)}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    schema = datasets.Features(columns).arrow_schema
-    parquet.write_table(pa.Table.from_pydict(table, schema=schema), file, row_group_size=3)
 
 
 @pytest.fixture
@@ -99,28 +35,12 @@ def make_stream(tmp_path):
     return make
 
 
-def train(images, **changes) -> list[torch.Tensor]:
-    options = dict(batch_size=6, augment=Augment(), seed=3, first_step=0, steps=12, rank=0, world=1)
-    indices, _ = split_images(images, FEW)
-    return list(train_batches(images, CONFIG, indices=indices, **options | changes))
-
-
 def test_workers_that_are_not_forked_can_have_a_stream(make_stream):
     """Where workers are spawned the set is pickled; they read none of the stream by themselves."""
     images = make_stream()
     split_images(images, FEW)
     sent = pickle.loads(pickle.dumps(images))
     assert np.array_equal(*(np.asarray(each.image(2)[0]) for each in (images, sent)))
-
-
-def numbers_of(views: list[torch.Tensor], count: int) -> list[int]:
-    """Which pictures some views without augmentation are of."""
-    mean, std = (torch.tensor(CONFIG[key]).view(3, 1, 1) for key in ("mean", "std"))
-    known = {}
-    for number in range(count):
-        resized = picture(number).resize((32, 26), Image.Resampling.BICUBIC).crop((0, 1, 32, 25))
-        known[number] = (torch.tensor(np.asarray(resized)).permute(2, 0, 1) / 255 - mean) / std
-    return [min(known, key=lambda number: float((known[number] - view).abs().mean())) for view in torch.cat(views)]
 
 
 # What is at hand
@@ -248,6 +168,11 @@ def test_reading_ahead_is_bounded_and_ends_with_its_reader() -> None:
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("stream")]
 
 
+def test_shares_must_be_even(make_stream) -> None:
+    with pytest.raises(UserError, match="make it a multiple of 4"):
+        train(make_stream(), world=4)
+
+
 # Broken images
 
 
@@ -267,219 +192,3 @@ def test_many_unreadable_images_are_an_error(make_stream) -> None:
     images = make_stream(count=204, broken=tuple(range(9, 204, 10)))
     with pytest.raises(UserError, match=r"^\d+ of \d+ images are unreadable.* first is image \d+ of hfids/pets"):
         train(images, batch_size=10, steps=100)
-
-
-# A whole conversion
-
-
-@pytest.fixture
-def convert(tmp_path, monkeypatch):
-    """Converts the bundled teacher on 200 of the bundled images, streamed; SIGTERM as the n-th image is read."""
-    with np.load(DEMO_IMAGES, allow_pickle=False) as arrays:
-        for split, count in (("train", 200), ("test", 40)):
-            pixels, labels = (arrays[f"{split}_{kind}"][:count] for kind in ("images", "labels"))
-            names = open_images("demo", split, in_chans=1).label_names
-            columns = COLUMNS | {"kind": datasets.ClassLabel(names=names)}
-            contents = [png(Image.fromarray(one)) for one in pixels]
-            for part in range(2):
-                half = slice(part * count // 2, (part + 1) * count // 2)
-                file = tmp_path / "demo" / f"{split}-{part}.parquet"
-                write_parquet(file, contents[half], labels[half].tolist(), columns)
-    monkeypatch.setattr("gspn2convert.stream.WINDOW", 32)
-    opened, read = Row.open, []
-
-    def go(name: str, *, terminate_at_read: int | None = None, **options):
-        read.clear()
-
-        def open_and_count(row: Row):
-            read.append(row.index)
-            if len(read) == terminate_at_read:
-                signal.raise_signal(signal.SIGTERM)
-            return opened(row)
-
-        monkeypatch.setattr(Row, "open", open_and_count)
-        how = Options(output=tmp_path / name, device="cpu", quiet=True, **options)
-        metrics = distill("demo", DEMO, f"hfids/demo:{tmp_path / 'demo'}", how)
-        return metrics, load_file(tmp_path / name / "model.safetensors"), list(read)
-
-    return go
-
-
-def test_a_run_that_was_stopped_and_resumed_ends_with_the_same_bits(convert) -> None:
-    metrics, whole, read = convert("whole")
-    assert metrics["teacher_top1"] > 0.8
-    assert [stage["stage"] for stage in metrics["stages"]] == ["fit", "align", "recover"]
-    # 32 images are held out, 48 and then 16 of those held out are for the fit, the 40 test images for its top-1.
-    assert read[:136] == [*range(32), *range(32, 80), *range(0, 32, 2), *range(40)]
-    align, recover = read[136 : 136 + 4 * 24], read[136 + 4 * 24 + 40 :][: 9 * 24]
-    assert set(align) | set(recover[:168]) == set(range(32, 200)), "all but the images that are held out"
-    assert sorted(recover[:168]) == list(range(32, 200))
-    eighth = 136 + 4 * 24 + 40 + 7 * 24  # of the steps of `recover`, the first in the second epoch
-    with pytest.raises(Interrupted, match="stopped in stage recover after 8 of 9"):
-        convert("stopped", terminate_at_read=eighth + 1)
-    resumed, weights, again = convert("stopped", resume=True)
-    assert weights.keys() == whole.keys()
-    assert all(torch.equal(weights[key], whole[key]) for key in whole)
-    figures = [[{**stage, "seconds": 0} for stage in one["stages"]] for one in (metrics, resumed)]
-    assert figures[0] == figures[1]
-    assert again == [*range(32), *read[eighth + 24 :]]
-
-
-def test_a_stream_is_not_cached(convert, tmp_path) -> None:
-    with pytest.raises(UserError, match=r"^data 'hfids/demo:.*' is a stream, which --cache cannot hold"):
-        convert("cached", cached=True)
-    assert not (tmp_path / "cached").exists()
-
-
-# Shards by URL
-
-
-@pytest.fixture
-def shards(tmp_path):
-    """A folder of three shards with ten pictures and labels each."""
-    (tmp_path / "shards").mkdir()
-    for shard in range(3):
-        with tarfile.open(tmp_path / "shards" / f"pets-{8 + shard:02}.tar", "w") as tar:
-            for number in range(10 * shard, 10 * shard + 10):
-                for name, content in ((f"{number:03}.png", png(picture(number))), (f"{number:03}.cls", b"1")):
-                    member = tarfile.TarInfo(name)
-                    member.size = len(content)
-                    tar.addfile(member, io.BytesIO(content))
-    return tmp_path / "shards"
-
-
-@pytest.fixture
-def url(shards):
-    """Where a server has these shards; of those in `url.broken` it sends so many bytes and hangs up."""
-
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def copyfile(self, source, target):
-            sent = source.read()
-            target.write(sent[: place.broken.get(Path(self.path).name, len(sent))])
-
-    class Place(str):
-        broken = {}
-
-    handler = functools.partial(Handler, directory=shards)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        place = Place(f"http://127.0.0.1:{server.server_port}/pets-")
-        yield place
-        server.shutdown()
-
-
-def test_shards_are_streamed_from_a_url(url) -> None:
-    images = open_images(f"wds/pets:{url}{{08..10}}.tar", "train")
-    images.stream.window = 8
-    order = numbers_of(train(images, augment=None, batch_size=13, steps=4), 30)
-    assert sorted(order) == sorted(2 * list(range(4, 30)))
-    assert images.label_names is None
-
-
-def cut(shard: Path, place: str) -> None:
-    """Let a shard break off in its sixth sample, or after its last."""
-    with tarfile.open(shard) as tar:
-        image, label = tar.getmembers()[10:12]
-        end = tar.getmembers()[-1].offset_data + tarfile.BLOCKSIZE
-    content = shard.read_bytes()
-    places = {"header": image.offset + 100, "image": image.offset_data + 99, "padding": label.offset - 1}
-    places |= {"sample": label.offset, "member": image.offset, "mark": end, "empty": 0}
-    shard.write_bytes(content[: places[place]])
-
-
-@pytest.mark.parametrize("place", ["header", "image", "padding", "sample", "member", "mark", "empty"])
-def test_a_shard_that_breaks_off_is_named(url, shards, place) -> None:
-    cut(shards / "pets-09.tar", place)
-    for spec in (f"wds/pets:{url}{{08..10}}.tar", f"hfids/pets:{shards}"):
-        rows, read = open_images(spec, "train").stream.rows(), []
-        sentence = r"shard \S+/pets-09.tar is no complete tar file and has to be replaced: \w+.*; go on from the last"
-        with pytest.raises(UserError, match=rf"^data \S+: cannot be read at image \d+ \({sentence} checkpoint with"):
-            read.extend(rows)
-    with pytest.raises(UserError, match=r"pets-09.tar: no complete tar file \(.*\); fetch it again"):
-        open_images(f"wds/pets:{shards}", "train")
-    with pytest.raises(UserError, match=r"pets-09.tar': no complete tar file \(.*\); fetch it again"):
-        open_images(str(shards / "pets-09.tar"), "train")
-
-
-def test_one_block_of_zeros_ends_a_shard(url, shards) -> None:
-    """Two are the rule, but `tarfile` reads no further."""
-    shard = shards / "pets-09.tar"
-    with tarfile.open(shard) as tar:
-        end = tar.getmembers()[-1].offset_data + 2 * tarfile.BLOCKSIZE
-    shard.write_bytes(shard.read_bytes()[:end])
-    rows = open_images(f"wds/pets:{url}{{08..10}}.tar", "train").stream.rows()
-    assert [np.asarray(row.open()[0])[0, 0].tolist() for row in rows] == [
-        np.asarray(picture(number))[0, 0].tolist() for number in range(30)
-    ]
-
-
-def test_a_shard_whose_server_hangs_up_is_named(url, monkeypatch) -> None:
-    monkeypatch.setattr(datasets.config, "STREAMING_READ_RETRY_INTERVAL", 0.01)
-    url.broken["pets-09.tar"] = 21_000
-    rows = open_images(f"wds/pets:{url}{{08..10}}.tar", "train").stream.rows()
-    with pytest.raises(UserError, match=r"\(shard http\S+/pets-09.tar: .*\); go on from the last checkpoint"):
-        list(rows)
-
-
-def test_ranges_in_urls_are_written_out() -> None:
-    assert expand("https://h/x.tar") == ["https://h/x.tar"]
-    assert expand("h/{09..11}.tar") == ["h/09.tar", "h/10.tar", "h/11.tar"]
-    assert expand("{0..1}/{5..6}") == ["0/5", "0/6", "1/5", "1/6"]
-    for wrong in ("h/{a,b}.tar", "h/{0..x}.tar", "h/{0..2", "h/{0..1}-{}.tar"):
-        with pytest.raises(UserError, match=r"expected a range of shards as \{000..099\}, or no braces"):
-            expand(wrong)
-    with pytest.raises(UserError, match=r"the range \{2..0\} counts down; write \{0..2\}"):
-        expand("h/x-{2..0}.tar")
-
-
-# Mistakes
-
-
-def test_mistakes_are_told_in_one_line(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    (tmp_path / "nothing").mkdir()
-    texts = {"title": datasets.Value("string"), "kind": datasets.ClassLabel(names=CLASSES)}
-    table = pa.Table.from_pydict({"title": ["x"], "kind": [0]}, schema=datasets.Features(texts).arrow_schema)
-    (tmp_path / "texts").mkdir()
-    parquet.write_table(table, tmp_path / "texts" / "train.parquet")
-    write_parquet(tmp_path / "empty" / "train.parquet", [], [])
-    write_parquet(tmp_path / "single" / "train.parquet", [png(picture(0))], [0])
-    said = {
-        f"hfids/pets:{tmp_path / 'missing'}": "no such folder; expected parquet files or images",
-        f"hfids/pets:{tmp_path / 'nothing'}": "cannot be opened: .*",
-        f"hfids/pets:{tmp_path / 'texts'}": "no column of images among title, kind; expected one of the type Image$",
-        f"hfids/pets:{tmp_path / 'empty'}": r"cannot be read at image 0 \(.*\)$",
-        f"hfids/pets:{tmp_path / 'single'}": "the data hold 1 image; at least 2 are needed",
-        "hfids/nobody/no_such_pets": "^data hfids/nobody/no_such_pets: cannot be opened: .*",
-        "wds/pets:http://127.0.0.1:9/{0..1}.tar": "cannot be opened: .*",
-        "hfids": "expected .* hfids/NAME",
-    }
-    for spec, message in said.items():
-        with pytest.raises(UserError, match=message) as error:
-            split_images(open_images(spec, "train"), FEW)
-        assert "\n" not in str(error.value)
-
-
-def test_a_stream_without_images_is_an_error() -> None:
-    stream = Stream("pets", lambda: datasets.IterableDataset.from_generator(lambda: iter(())), "picture", None, None)
-    with pytest.raises(UserError, match="^data pets: the stream holds no images; expected at least two$"):
-        stream.keep(3)
-
-
-def test_missing_package_is_named(monkeypatch, tmp_path) -> None:
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    for spec in (f"hfids/pets:{tmp_path}", "hfids/somebody/pets", "wds/pets:https://host/{0..9}.tar"):
-        with pytest.raises(
-            UserError, match=f"^data {spec[:9]}.* needs the package datasets; run: pip install datasets"
-        ):
-            open_images(spec, "train")
-
-
-def test_shares_must_be_even(make_stream) -> None:
-    with pytest.raises(UserError, match="make it a multiple of 4"):
-        train(make_stream(), world=4)
-
-
-def test_a_row_without_an_image_cannot_be_read() -> None:
-    with pytest.raises(OSError, match="no image in this row"):
-        Row(3, None, None, -1).open()
