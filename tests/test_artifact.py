@@ -1,7 +1,4 @@
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import timm
@@ -11,7 +8,7 @@ from timm.data import resolve_model_data_config
 from timm.models import save_for_hf
 
 import gspn2convert
-from gspn2convert.artifact import check_output_folder, load, save_student, write_atomic
+from gspn2convert.artifact import load, save_student, write_atomic
 from gspn2convert.errors import UserError
 from gspn2convert.model import Gspn2Vit, Gspn2VitDistilled, build_student
 from gspn2convert.teachers import load_teacher
@@ -234,36 +231,6 @@ def test_a_folder_that_is_not_there(tmp_path):
         load(tmp_path / "none")
 
 
-def test_output_folders(tmp_path):
-    check_output_folder(tmp_path / "new", resume=False)
-    check_output_folder(tmp_path, resume=False)
-    (tmp_path / "file").write_text("mine")
-    with pytest.raises(UserError, match="is not empty; name another, or .* --resume"):
-        check_output_folder(tmp_path, resume=False)
-    check_output_folder(tmp_path, resume=True)
-    with pytest.raises(UserError, match="is a file"):
-        check_output_folder(tmp_path / "file", resume=True)
-
-
-def test_files_are_written_as_a_whole(tmp_path):
-    file = tmp_path / "a.json"
-    write_atomic(file, b"old")
-    write_atomic(file, b"new")
-    assert file.read_bytes() == b"new"
-    assert os.listdir(tmp_path) == ["a.json"]
-
-
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux")
-@pytest.mark.parametrize("size", [10, 10**6])
-def test_a_full_disk_leaves_what_was_there(tmp_path, size):
-    write_atomic(tmp_path / "a.bin", b"old")
-    (tmp_path / ".a.bin.part").symlink_to("/dev/full")  # every write to it finds the disk full
-    with pytest.raises(UserError, match="disk full: .*a.bin of .* MiB could not be written; make room"):
-        write_atomic(tmp_path / "a.bin", bytes(size))
-    assert (tmp_path / "a.bin").read_bytes() == b"old"
-    assert os.listdir(tmp_path) == ["a.bin"]
-
-
 def test_folders_that_cannot_be_written(student, tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(UserError, match="cannot make the folder"):
@@ -271,48 +238,3 @@ def test_folders_that_cannot_be_written(student, tmp_path):
     with pytest.raises(UserError, match="cannot write"):
         write_atomic(tmp_path / "none" / "a.bin", b"")
     assert (tmp_path / "file").read_text() == "mine"
-
-
-def test_names_of_the_package():
-    import gspn2convert.convert
-    import gspn2convert.distill
-
-    assert gspn2convert.convert.__name__ == "convert", "the function, though the submodule has been imported"
-    assert callable(gspn2convert.distill)
-    assert gspn2convert.load is load
-    assert gspn2convert.load_teacher is load_teacher
-    assert all(getattr(gspn2convert, name) is not None for name in gspn2convert.__all__)
-    with pytest.raises(AttributeError, match="no attribute 'loda'"):
-        _ = gspn2convert.loda
-
-
-def run_python(*arguments, cwd):
-    path = os.pathsep.join([str(cwd), *sys.path])
-    environment = {**os.environ, "PYTHONPATH": path}
-    result = subprocess.run([sys.executable, *arguments], env=environment, cwd=cwd, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    return result
-
-
-def test_the_command_line_starts_without_torch(tmp_path):
-    script = "import sys; sys.argv = ['/usr/bin/gspn2convert']; import gspn2convert; print('torch' in sys.modules)"
-    assert run_python("-c", script, cwd=tmp_path).stdout == "False\n"
-    imported = run_python("-X", "importtime", "-m", "gspn2convert", "--help", cwd=tmp_path).stderr
-    assert "| click" in imported.replace("  ", "")
-    assert "| torch" not in imported.replace("  ", "")
-
-
-def test_a_module_of_someone_else_registers(tmp_path):
-    package = tmp_path / "theirs"
-    package.mkdir()
-    (package / "__init__.py").write_text("import gspn2convert, timm; print(timm.is_model('gspn2_vit'))\n")
-    (package / "train.py").touch()
-    assert run_python("-m", "theirs.train", cwd=tmp_path).stdout == "True\n"
-
-
-def test_an_empty_output_folder_will_do_where_the_one_above_is_closed(tmp_path, monkeypatch):
-    (tmp_path / "out").mkdir()
-    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
-    check_output_folder(tmp_path / "out", resume=False)
-    with pytest.raises(UserError, match="other cannot be made: .* is no folder that can be written to$"):
-        check_output_folder(tmp_path / "other", resume=False)
