@@ -2,12 +2,48 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Sequence
 from typing import Any
 
+from gspn2convert.errors import UserError
+
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 
+_SUFFIX = "ExecutionProvider"
 _NHWC_SINCE = (1, 20)
+
+
+def pick_providers(available: Sequence[str], asked: Sequence[str] | None) -> list[str]:
+    """Turn short names into those of ONNX Runtime, or choose where nothing is asked for.
+
+    Raises:
+        UserError: this ONNX Runtime has no provider of a name, or the list is empty.
+    """
+    if asked is None:
+        return [CUDA, CPU] if CUDA in available and has_cuda_device() else [CPU]
+    short = {name.removesuffix(_SUFFIX).lower(): name for name in available}
+    picked = []
+    for name in asked:
+        key = name.removesuffix(_SUFFIX).lower()
+        if key not in short:
+            hint = "; for CUDA install onnxruntime-gpu in place of onnxruntime" if key == "cuda" else ""
+            raise UserError(f"provider {name!r}: this ONNX Runtime has {', '.join(sorted(short))}{hint}")
+        picked.append(short[key])
+    if not picked:
+        raise UserError(f"no provider given; this ONNX Runtime has {', '.join(sorted(short))}")
+    return picked
+
+
+def has_cuda_device() -> bool:
+    """Ask the driver, for PyTorch may be a build without CUDA."""
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return False
+    count = ctypes.c_int(0)
+    return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
 
 
 def settings(providers: Sequence[str], version: str, *, static: bool) -> dict[str, Any]:

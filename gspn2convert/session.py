@@ -6,7 +6,6 @@ Shape letters: B batch, C channels, H W image size.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import io
 import json
 import logging
@@ -20,12 +19,11 @@ import numpy as np
 
 from gspn2convert.errors import UserError
 from gspn2convert.onnx_function import DOMAIN
-from gspn2convert.providers import CPU, CUDA, settings
+from gspn2convert.providers import CPU, CUDA, pick_providers, settings
 
 OLDEST = (1, 18)
 KERNEL, BODY = "kernel of the library", "function body in the file"
 
-_SUFFIX = "ExecutionProvider"
 _DTYPES = {"tensor(float)": ("fp32", np.float32), "tensor(float16)": ("fp16", np.float16)}
 
 _log = logging.getLogger(__name__)
@@ -78,11 +76,16 @@ class OnnxSession:
             The output, or a tuple of them where the model has several.
 
         Raises:
-            UserError: the images do not have the shape or the type that the model takes.
+            UserError: the images do not have the shape or the type that the model takes, or ONNX Runtime fails.
         """
         self._check(images)
         feed = {self._input: np.ascontiguousarray(images, dtype=self._dtype)}
-        outputs: list[np.ndarray] = self._session.run(None, feed)
+        try:
+            outputs: list[np.ndarray] = self._session.run(None, feed)
+        except Exception as error:  # ONNX Runtime's errors have no class in common but this one
+            raise UserError(
+                f"{self.path}: ONNX Runtime failed on images of shape {images.shape}: {_said(error)}"
+            ) from error
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
     def describe(self) -> dict[str, Any]:
@@ -166,27 +169,6 @@ def onnx_session(
     return OnnxSession(path, session, version=runtime.__version__, library=registered)
 
 
-def pick_providers(available: Sequence[str], asked: Sequence[str] | None) -> list[str]:
-    """Turn short names into those of ONNX Runtime, or choose where nothing is asked for.
-
-    Raises:
-        UserError: this ONNX Runtime has no provider of a name, or the list is empty.
-    """
-    if asked is None:
-        return [CUDA, CPU] if CUDA in available and _has_cuda_device() else [CPU]
-    short = {name.removesuffix(_SUFFIX).lower(): name for name in available}
-    picked = []
-    for name in asked:
-        key = name.removesuffix(_SUFFIX).lower()
-        if key not in short:
-            hint = "; for CUDA install onnxruntime-gpu in place of onnxruntime" if key == "cuda" else ""
-            raise UserError(f"provider {name!r}: this ONNX Runtime has {', '.join(sorted(short))}{hint}")
-        picked.append(short[key])
-    if not picked:
-        raise UserError(f"no provider given; this ONNX Runtime has {', '.join(sorted(short))}")
-    return picked
-
-
 def _onnxruntime() -> Any:  # noqa: ANN401 - a module without types
     try:
         import onnxruntime
@@ -199,16 +181,6 @@ def _onnxruntime() -> Any:  # noqa: ANN401 - a module without types
             f"ONNX Runtime {onnxruntime.__version__} is too old: pip install --upgrade 'onnxruntime>={oldest}'"
         )
     return onnxruntime
-
-
-def _has_cuda_device() -> bool:
-    """Ask the driver, for PyTorch may be a build without CUDA."""
-    try:
-        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
-    except OSError:
-        return False
-    count = ctypes.c_int(0)
-    return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
 
 
 def _preload(runtime: Any) -> None:  # noqa: ANN401
@@ -243,10 +215,9 @@ def _register(options: Any, providers: Sequence[str], *, insist: bool) -> Path |
         done = register(options, tuple(providers))
     except LibraryMissing as error:
         raise UserError(str(error)) from error
-    except Exception as error:  # ONNX Runtime's errors have no class in common but this one
-        said = " ".join(str(error).split())
+    except Exception as error:
         raise UserError(
-            f"{path}: ONNX Runtime cannot load this library ({said}); rebuild it or leave it out"
+            f"{path}: ONNX Runtime cannot load this library ({_said(error)}); rebuild it or leave it out"
         ) from error
     if insist and not done:
         raise UserError(f"{path} has no kernels for {providers[0]}; run gspn2convert build-ops --cuda, or use cpu")
@@ -270,9 +241,10 @@ def _takes_one_shape(path: Path) -> bool:
 
 def _open(runtime: Any, path: Path, options: Any, arguments: dict[str, Any]) -> Any:  # noqa: ANN401 - no types there
     try:
-        return runtime.InferenceSession(str(path), options, **arguments)
-    except Exception as error:  # ONNX Runtime's errors have no class in common but this one
-        said = " ".join(str(error).split())
+        with contextlib.redirect_stdout(sys.stderr):  # where it would say that a provider does not start
+            session = runtime.InferenceSession(str(path), options, **arguments)
+    except Exception as error:
+        said = _said(error)
         if "PROTOBUF" in said or "No graph was found" in said:
             raise UserError(f"{path}: no ONNX file, or not all of it; gspn2convert export writes one") from error
         if f"{DOMAIN}:" in said and "not a registered" in said:
@@ -280,6 +252,13 @@ def _open(runtime: Any, path: Path, options: Any, arguments: dict[str, Any]) -> 
                 f"{path}: a tool took the bodies of `ai.gspn2` out; run gspn2convert build-ops, or export again"
             ) from error
         raise UserError(f"{path}: ONNX Runtime {runtime.__version__} cannot open it: {said}") from error
+    session.disable_fallback()  # a run that fails on CUDA would go on on the CPU
+    return session
+
+
+def _said(error: Exception) -> str:
+    """One line of what ONNX Runtime says."""
+    return " ".join(str(error).split())
 
 
 def _has_line_scans(path: Path) -> bool:

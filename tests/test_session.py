@@ -107,6 +107,20 @@ def test_images_of_another_shape_are_refused(classifier, shape, message):
         onnx_session(classifier.path, library=False).run(np.zeros(shape, np.float32))
 
 
+def test_run_that_fails_is_an_error_with_what_onnxruntime_says(tmp_path):
+    shape = onnx.numpy_helper.from_array(np.array([-1, 7]), "shape")
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["B", 3, "H", "W"])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
+    graph = helper.make_graph([helper.make_node("Reshape", ["x", "shape"], ["y"])], "sevens", [x], [y], [shape])
+    path = tmp_path / "sevens.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
+    session = onnx_session(path, ["cpu"])
+    assert session.run(np.zeros((7, 3, 4, 4), np.float32)).shape == (48, 7)
+    message = r"sevens.onnx: ONNX Runtime failed on images of shape \(1, 3, 4, 4\): .*shape"
+    with pytest.raises(UserError, match=message):
+        session.run(np.zeros((1, 3, 4, 4), np.float32))
+
+
 def test_images_must_be_what_a_static_file_takes(feature_model):
     session = onnx_session(feature_model.path, library=False)
     for shape in ((1, 3, 16, 24), (2, 3, 24, 24)):

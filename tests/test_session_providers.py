@@ -12,10 +12,10 @@ from onnx import TensorProto, helper
 
 from gspn2_kernels.build import library_path
 from gspn2_kernels.testing import assert_close
-from gspn2convert import session as module
+from gspn2convert import providers as module
 from gspn2convert.errors import UserError
-from gspn2convert.providers import CPU, CUDA, settings
-from gspn2convert.session import KERNEL, onnx_session, pick_providers
+from gspn2convert.providers import CPU, CUDA, pick_providers, settings
+from gspn2convert.session import KERNEL, onnx_session
 from helpers.sessions import built, compare, images, no_cuda
 
 
@@ -25,7 +25,7 @@ def cuda_that_does_not_start(monkeypatch):
     if os.environ.get("CUDA_VISIBLE_DEVICES") != "" and torch.cuda.is_available():
         pytest.skip("CUDA starts here")
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [CUDA, CPU])
-    monkeypatch.setattr(module, "_has_cuda_device", lambda: True)
+    monkeypatch.setattr(module, "has_cuda_device", lambda: True)
     monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None, raising=False)
 
 
@@ -85,7 +85,7 @@ def test_providers_are_picked_by_short_or_full_names():
 
 @pytest.mark.parametrize(("devices", "picked"), [(1, [CUDA, CPU]), (0, [CPU])])
 def test_cuda_is_the_default_where_there_is_a_device(monkeypatch, devices, picked):
-    monkeypatch.setattr(module, "_has_cuda_device", lambda: devices > 0)
+    monkeypatch.setattr(module, "has_cuda_device", lambda: devices > 0)
     assert pick_providers([CUDA, CPU], None) == picked
     assert pick_providers([CPU], None) == [CPU]
 
@@ -94,9 +94,9 @@ def test_driver_is_asked_for_devices():
     try:
         ctypes.CDLL("libcuda.so.1")
     except OSError:
-        assert not module._has_cuda_device()
+        assert not module.has_cuda_device()
     else:
-        assert module._has_cuda_device() == torch.cuda.is_available()
+        assert module.has_cuda_device() == torch.cuda.is_available()
 
 
 @no_cuda
