@@ -3,8 +3,8 @@
     python kernels/benchmarks/cold_start.py --output kernels/benchmarks/results/cold_start_h100.json
 
 Each call is made in a process of its own, after PyTorch has started the GPU. `infer` is a first call without, `train`
-one with gradients, forward and backward. Not counted are the import of PyTorch, and that of sympy, which PyTorch makes
-at the first backward of any tensor. That of Triton is, for a first call on a GPU makes it.
+one with gradients, forward and backward. The import of PyTorch is not counted; that of Triton is, for a first call on
+a GPU makes it.
 """
 
 import argparse
@@ -59,7 +59,6 @@ def first_call(name: str) -> float:
     inputs, dy = draw(CASE, device), draw_dy(CASE, device)
     for t in inputs:
         t.requires_grad_(name == "train")
-    torch.ones(1, device=device, requires_grad=True).backward(torch.ones(1, device=device))
     torch.cuda.synchronize()
     start = time.perf_counter()
     y = line_scan(*inputs)

@@ -20,9 +20,10 @@ CASES = [
     ((16, 14, 15, 64), 1, 0),  # wide tiles
     ((16, 30, 37, 64), 8, 4),
     ((16, 9, 75, 64), 1, 0),
-    ((1, 19, 40, 32), 1, 5),  # direct: two warps a line; one
-    ((1, 50, 40, 12), 1, 0),
-    ((2, 31, 18, 16), 2, 3),
+    ((1, 19, 40, 32), 1, 5),  # direct: two warps a line
+    ((1, 50, 40, 24), 2, 3),  # direct: a warp with two positions a lane, in 16 bits; in 32
+    ((1, 50, 40, 12), 2, 3),
+    ((2, 31, 18, 16), 2, 3),  # direct: a warp
     ((1, 19, 90, 32), 1, 0),  # thin tiles, with warps that help
     ((2, 12, 13, 24), 12, 4),
     ((1, 70, 300, 16), 1, 0),

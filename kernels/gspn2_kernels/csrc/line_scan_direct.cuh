@@ -2,9 +2,10 @@
 //
 // A block scans one direction of one image for a few channels and holds the whole line: a lane has P adjacent
 // positions. A block is one warp, for two words of channels, or, where a line is longer than a warp and channels come
-// in fours of words, two warps with half of the line each. Copies run lines ahead, so that one barrier a line is all.
-// Only the states of a lane's outermost positions go to its neighbours, by shuffles, and between the two warps through
-// shared memory. Of each sector in L2 a block uses a part: for a large batch, that is too much traffic.
+// in fours of words, two warps: one for the first 32 positions and one for the rest. Copies run lines ahead, so that
+// one barrier a line is all. Only the states of a lane's outermost positions go to its neighbours, by shuffles, and
+// between the two warps through shared memory. Of each sector in L2 a block uses a part: for a large batch, that is too
+// much traffic.
 //
 // What limits it is the tag stage of L1, whose cycles go by the number of 128 bytes that an instruction touches a part
 // of: 1.6 each for copies of 4 and 8 bytes, 1.1 for those of 16, which go past L1, and 2 for stores. Positions of lam,
@@ -50,7 +51,7 @@ class DirectStates {
   }
 
   // Leaves the states next to the other warp where that finds them after the barrier, for a line that is odd or not.
-  // There are two places: of two lines one after the other, only one is certainly read.
+  // There are two places: while a warp leaves states for the next line, the other may still read those for this one.
   __device__ void SendEdge(int odd) const {
     if constexpr (Tile::kWarps == 2)
       if (threadIdx.x == kLanes - 1 || threadIdx.x == kLanes) ToWords<float>(h_[0]).Write(own_ + odd * 2 * Tile::kEdge);
@@ -77,8 +78,8 @@ class DirectStates {
         const float4 w = weights_[p];
         now[v] = fmaf(w.y, h_[p][v], Get<T>(x_[p], v) * Get<T>(lam_[p], v));
         if (p > 0) now[v] = fmaf(w.x, past[v], now[v]);
-        // Beyond the line a lane computes with what happens to be there: nothing may be taken from that, not even 0
-        // times it. What comes from another lane is added last.
+        // Beyond the line a lane computes with what is at position 0: nothing may be taken from that, not even 0 times
+        // it, for it may be infinite. What comes from another lane is added last.
         if (copies.Holds(p + 1)) now[v] = fmaf(w.z, p + 1 < P ? h_[p + 1][v] : after_[v], now[v]);
         if (p == 0 && threadIdx.x > 0) now[v] = fmaf(w.x, before_[v], now[v]);
         past[v] = h_[p][v];

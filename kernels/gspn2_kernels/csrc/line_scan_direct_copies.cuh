@@ -5,7 +5,8 @@
 
 namespace gspn2 {
 
-// With two warps, each holds half of the positions; what one needs of the other's states goes through shared memory.
+// With two warps, the second holds the positions after the first 32; what one needs of the other's states goes through
+// shared memory.
 template <typename T, int P, int kWarps_ = 1>
 struct DirectTile {
   using Number = T;

@@ -17,14 +17,8 @@ __device__ inline uint32_t SharedAddress(const void* shared) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
 }
 
-// Copies of 16 bytes past L1, if wanted. The condition is inside: around it, the compiler would branch for every copy.
-__device__ inline void CopyAsync16(bool wanted, void* shared, const void* global) {
-  asm volatile("{.reg .pred p; setp.ne.b32 p, %0, 0; @p cp.async.cg.shared.global [%1], [%2], 16;}" ::"r"(+wanted),
-               "r"(SharedAddress(shared)), "l"(global)
-               : "memory");
-}
-
-// Copies of 4 or 8 bytes, through L1, or of 16, past it, between addresses.
+// Copies of 4 or 8 bytes, through L1, or of 16, past it, if wanted. The condition is inside: around it, the compiler
+// would branch for every copy.
 template <int kBytes>
 __device__ inline void CopyAsync(bool wanted, uint32_t shared, int64_t global) {
   if constexpr (kBytes == 16)
@@ -35,6 +29,10 @@ __device__ inline void CopyAsync(bool wanted, uint32_t shared, int64_t global) {
     asm volatile("{.reg .pred p; setp.ne.b32 p, %0, 0; @p cp.async.ca.shared.global [%1], [%2], %3;}" ::"r"(+wanted),
                  "r"(shared), "l"(global), "n"(kBytes)
                  : "memory");
+}
+
+__device__ inline void CopyAsync16(bool wanted, void* shared, const void* global) {
+  CopyAsync<16>(wanted, SharedAddress(shared), reinterpret_cast<int64_t>(global));
 }
 
 // Copies words that lie side by side, through L1.
