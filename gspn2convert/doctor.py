@@ -122,7 +122,7 @@ def _library() -> Check:
     """The library that runs LineScan in ONNX Runtime; a GPU is wasted without it, a CPU does with the file's body."""
     import torch
 
-    from gspn2_kernels.build import has_cuda, library_path
+    from gspn2_kernels.build import has_cuda, is_whole, library_path
 
     name, path = "LineScan library", library_path()
     wants_cuda = torch.cuda.is_available() and package_version("onnxruntime-gpu") is not None
@@ -131,8 +131,9 @@ def _library() -> Check:
         if wants_cuda:
             return Check(name=name, value="not built", ok=False, remedy=build)
         return Check(name=name, value=f"not built; exported files run without it, faster with it: {build}")
-    if not path.exists():
-        return Check(name=name, value=f"{path}: no such file", ok=False, remedy="unset GSPN2_ORT_LIBRARY")
+    if not is_whole(path):
+        wrong = "no library, or not all of one" if path.exists() else "no such file"
+        return Check(name=name, value=f"{path}: {wrong}", ok=False, remedy="unset GSPN2_ORT_LIBRARY")
     if has_cuda(path):
         return Check(name=name, value=f"CPU and CUDA: {path}")
     remedy = f"{build} --cuda" if wants_cuda else ""

@@ -111,10 +111,13 @@ class OnnxSession:
         }
 
     def _check(self, images: np.ndarray) -> None:
+        if not isinstance(images, np.ndarray):
+            raise UserError(f"images are a {type(images).__name__}, expected a NumPy array (B, C, H, W)")
         channels, *size = self.input_size
         multiple = self.size_multiple
         wanted = (self.batch, channels, *size)
-        fits = images.ndim == 4 and all(want in (None, have) for want, have in zip(wanted, images.shape, strict=True))
+        fits = images.ndim == 4 and 0 not in images.shape[1:]
+        fits = fits and all(want in (None, have) for want, have in zip(wanted, images.shape, strict=True))
         if not fits or any(have % step for have, step in zip(images.shape[2:], multiple, strict=True)):
             names = zip(wanted, ("B", "C", "H", "W"), strict=True)
             takes = ", ".join(name if want is None else str(want) for want, name in names)
@@ -131,14 +134,14 @@ class OnnxSession:
 
 
 def onnx_session(
-    path: str | Path, providers: Sequence[str] | None = None, *, library: bool | None = None
+    path: str | Path, providers: str | Sequence[str] | None = None, *, library: bool | None = None
 ) -> OnnxSession:
     """Open an exported file in ONNX Runtime.
 
     Args:
         path: the `.onnx` file.
-        providers: where to run, first choice first: `cpu`, `cuda` or ONNX Runtime's own names. By default CUDA where
-            ONNX Runtime and this machine have it, then the CPU.
+        providers: where to run, one or more, first choice first: `cpu`, `cuda` or ONNX Runtime's own names. By default
+            CUDA where ONNX Runtime and this machine have it, then the CPU.
         library: whether LineScan runs in the library that `gspn2convert build-ops` compiles: True insists on it,
             False leaves it out, None takes it where it is there and has kernels for the provider. Without it the
             body inside the file runs: the same numbers, more slowly.
@@ -151,7 +154,8 @@ def onnx_session(
     runtime = _onnxruntime()
     if not path.is_file():
         raise UserError(f"{path}: no such file; gspn2convert export writes one")
-    wanted = pick_providers(runtime.get_available_providers(), providers)
+    asked = [providers] if isinstance(providers, str) else providers
+    wanted = pick_providers(runtime.get_available_providers(), asked)
     if CUDA in wanted:
         _preload(runtime)
     session, registered = _start(runtime, path, wanted, library)

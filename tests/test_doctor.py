@@ -9,6 +9,7 @@ import torch
 
 import gspn2_kernels
 from gspn2convert import doctor
+from helpers.sessions import LIBRARY
 
 
 def checks():
@@ -70,12 +71,13 @@ def test_gpu_wheel_without_cuda_is_noticed(monkeypatch):
         (True, False, True, "CPU alone: ", "gspn2convert build-ops --cuda"),
         (True, True, True, "CPU and CUDA: ", ""),
         (False, False, False, "library.so: no such file", "unset GSPN2_ORT_LIBRARY"),
+        ("cut", True, True, "library.so: no library, or not all of one", "unset GSPN2_ORT_LIBRARY"),
     ],
 )
 def test_library_of_line_scan(monkeypatch, tmp_path, exists, cuda, device, value, remedy):
     path = tmp_path / "library.so"
     if exists:
-        path.touch()
+        path.write_bytes(b"cut" if exists == "cut" else LIBRARY)
         path.with_suffix(".json").write_text(json.dumps({"cuda": cuda}))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("GSPN2_ORT_LIBRARY", "" if exists is None else str(path))

@@ -14,7 +14,7 @@ from gspn2convert import session as module
 from gspn2convert.errors import UserError
 from gspn2convert.providers import CPU, CUDA
 from gspn2convert.session import BODY, KERNEL, onnx_session
-from helpers.sessions import built, compare, images
+from helpers.sessions import LIBRARY, built, compare, images
 
 
 def test_package_offers_it():
@@ -75,13 +75,16 @@ def test_library_that_was_named_is_not_passed_over(classifier, monkeypatch, tmp_
     with pytest.raises(UserError, match=r"library\.so, which does not exist"):
         onnx_session(classifier.path)
     path.write_bytes(b"no library")
-    with pytest.raises(UserError, match=r"library\.so: ONNX Runtime cannot load this library .*rebuild it"):
+    with pytest.raises(UserError, match=r"library\.so is no library, or not all of one"):
         onnx_session(classifier.path, ["cpu"])
+    path.write_bytes(LIBRARY)
+    with pytest.raises(UserError, match=r"library\.so: ONNX Runtime cannot load this library .*rebuild it"):
+        onnx_session(classifier.path, "cpu")
     assert onnx_session(classifier.path, library=False).describe()["line_scan"] == BODY
 
 
 def test_library_of_the_cpu_alone_is_left_out_on_cuda(classifier, monkeypatch, tmp_path, caplog):
-    (tmp_path / "library.so").touch()  # nothing beside it says that it has CUDA kernels
+    (tmp_path / "library.so").write_bytes(LIBRARY)  # nothing beside it says that it has CUDA kernels
     monkeypatch.setenv("GSPN2_ORT_LIBRARY", str(tmp_path / "library.so"))
     monkeypatch.setattr(module, "pick_providers", lambda available, asked: [CUDA, CPU])
     monkeypatch.setattr(module, "_preload", lambda runtime: None)
@@ -100,6 +103,7 @@ def test_library_of_the_cpu_alone_is_left_out_on_cuda(classifier, monkeypatch, t
         ((2, 1, 16, 24), r"takes \(B, 3, H, W\), H in multiples of 8 and W of 8"),
         ((3, 16, 24), r"images of shape \(3, 16, 24\): classifier.onnx takes \(B, 3, H, W\)"),
         ((2, 3, 16, 20), "multiples of 8"),
+        ((2, 3, 0, 24), r"images of shape \(2, 3, 0, 24\): classifier.onnx takes"),
     ],
 )
 def test_images_of_another_shape_are_refused(classifier, shape, message):

@@ -1,6 +1,7 @@
 """`gspn2convert build-ops`: the library that runs LineScan in ONNX Runtime."""
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ With ONNX Runtime alone:
 def _show(document: Document, console: "Console") -> None:
     devices = "CPU and CUDA" if document["cuda"] else "CPU alone"
     # A path must stay whole for whoever copies it.
-    console.print(f"built {document['path']} ({devices})", soft_wrap=True)
+    console.print(f"library {document['path']} ({devices})", soft_wrap=True)
     names = ("CUDAExecutionProvider", "CPUExecutionProvider") if document["cuda"] else ("CPUExecutionProvider",)
     providers = ", ".join(f'"{name}"' for name in names)
     console.print(_USE.format(path=json.dumps(document["path"]), providers=providers), soft_wrap=True)
@@ -49,4 +50,6 @@ def command(include: Path | None, cuda: bool) -> dict[str, Any]:
         if output:
             click.echo(output, err=True)
         raise UserError(message) from error
+    if named := os.environ.get("GSPN2_ORT_LIBRARY"):
+        click.echo(f"warning: Python takes {named} instead, which GSPN2_ORT_LIBRARY names; unset it", err=True)
     return {"path": str(path), "cuda": has_cuda(path)}

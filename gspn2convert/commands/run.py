@@ -86,7 +86,7 @@ def command(
     from gspn2convert.infer import data_config, pick_batch_size
     from gspn2convert.session import onnx_session
 
-    asked = [name.strip() for name in providers.split(",")] if providers else None
+    asked = [name.strip() for name in providers.split(",")] if providers is not None else None
     session = onnx_session(model, asked, library=library)
     config = data_config(session, **preprocessing)
     _check_output(session, output)

@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import shutil
+import struct
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
@@ -27,7 +28,7 @@ from gspn2_kernels.build_tools import (
     version,
 )
 
-__all__ = ["BuildError", "build", "cache_folder", "has_cuda", "library_path"]
+__all__ = ["BuildError", "build", "cache_folder", "has_cuda", "is_whole", "library_path"]
 
 _log = logging.getLogger(__name__)
 
@@ -65,8 +66,8 @@ def build(*, include: Path | None = None, cuda: bool = False, report: Callable[[
     }
     key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
     target = cache_folder() / f"ort-{key}"
-    with _locked(target.with_suffix(".lock")):
-        if not (target / _LIBRARY).exists():
+    with _locked(target.with_suffix(".lock"), report):
+        if not _fits(target / _LIBRARY):
             report(f"building with {compiler}, {f'{nvcc}, ' if nvcc else ''}headers in {headers}")
             options = [f"-DORT_INCLUDE_DIR={headers}", f"-DCMAKE_CXX_COMPILER={compiler}"]
             if nvcc:
@@ -80,10 +81,10 @@ def build(*, include: Path | None = None, cuda: bool = False, report: Callable[[
 def library_path() -> Path | None:
     """Find the library: GSPN2_ORT_LIBRARY, else the one in the package, else the newest build of these sources.
 
-    The path of GSPN2_ORT_LIBRARY is returned as it is, whether or not there is a file.
+    The path of GSPN2_ORT_LIBRARY is returned whether or not there is a file.
     """
     if named := os.environ.get("GSPN2_ORT_LIBRARY"):
-        return Path(named)
+        return Path(named).absolute()  # without a folder it would be looked for among the system's
     packaged = Path(__file__).parent / "lib" / _LIBRARY
     if packaged.exists():
         return packaged
@@ -94,6 +95,23 @@ def library_path() -> Path | None:
 def has_cuda(path: Path) -> bool:
     """Tell from the file beside a library whether it has the CUDA kernels; without that file it counts as without."""
     return _metadata(path).get("cuda") is True
+
+
+def is_whole(path: Path) -> bool:
+    """Tell whether a file is a library from its beginning to its end: to load a part of one kills the process.
+
+    A library (ELF, of 64 bits) ends with the table of its sections, and begins with where that is.
+    """
+    try:
+        with path.open("rb") as file:
+            header = file.read(64)
+    except OSError:
+        return False
+    if len(header) < 64 or header[:4] != b"\x7fELF":
+        return False
+    order = "<" if header[5] == 1 else ">"
+    (table,), (entry, count) = struct.unpack_from(f"{order}Q", header, 40), struct.unpack_from(f"{order}HH", header, 58)
+    return bool(table + entry * count <= path.stat().st_size)
 
 
 def cache_folder() -> Path:
@@ -108,6 +126,8 @@ def _build_into(target: Path, configure: list[str], made_of: dict[str, Any]) -> 
         work, result = Path(name) / "work", Path(name) / "result"
         _run([*configure, "-S", str(_SOURCES), "-B", str(work)])
         _run([configure[0], "--build", str(work), "--parallel"])
+        if not is_whole(work / _LIBRARY):
+            raise BuildError("the build ended without a library: the compiler made none; set CXX to one that works")
         result.mkdir()
         shutil.copy2(work / _LIBRARY, result / _LIBRARY)
         _beside(result / _LIBRARY).write_text(json.dumps(made_of, indent=1) + "\n")
@@ -128,19 +148,34 @@ def _run(command: list[str]) -> None:
         errors = (i for i, line in enumerate(lines) if _ERROR.search(line))
         # A compiler says in a line or two before an error where it is.
         first = max(0, next(errors, len(lines) - _LOG_LINES) - 2)
-        told = "\n".join(lines[first : first + _LOG_LINES])
+        # The logs that cmake names are gone with the folder.
+        told = "\n".join(line for line in lines[first : first + _LOG_LINES] if not line.startswith("See also "))
         raise BuildError(f"the build failed: {' '.join(command)}\n{told}")
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock among processes; it ends with the process, whatever happens to that."""
+def _locked(path: Path, report: Callable[[str], None]) -> Iterator[None]:
+    """Hold a lock among processes; it ends with the process, whatever happens to that.
+
+    Raises:
+        BuildError: The folder of the lock, or something in it meanwhile, cannot be written.
+    """
     import fcntl
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                report("another process is building the same; waiting for it")
+                fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+    except OSError as error:
+        raise BuildError(
+            f"cannot build in {path.parent}: {error.strerror or error}; set XDG_CACHE_HOME to a folder that can be "
+            "written to and has room"
+        ) from error
 
 
 def _source_hash() -> str:
@@ -156,11 +191,11 @@ def _beside(library: Path) -> Path:
 
 def _metadata(library: Path) -> dict[str, Any]:
     try:
-        found: dict[str, Any] = json.loads(_beside(library).read_text())
+        found = json.loads(_beside(library).read_text())
     except (OSError, ValueError):
         return {}
-    return found
+    return found if isinstance(found, dict) else {}
 
 
 def _fits(library: Path) -> bool:
-    return _metadata(library).get("sources") == _source_hash()
+    return _metadata(library).get("sources") == _source_hash() and is_whole(library)

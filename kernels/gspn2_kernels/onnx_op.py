@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gspn2_kernels.build import has_cuda, library_path
+from gspn2_kernels.build import has_cuda, is_whole, library_path
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -31,7 +31,7 @@ def get_library_path() -> str:
     """Find the library, for `SessionOptions.register_custom_ops_library`.
 
     Raises:
-        LibraryMissing: It is not built, or GSPN2_ORT_LIBRARY names a file that does not exist.
+        LibraryMissing: It is not built, or GSPN2_ORT_LIBRARY names something else than a whole library.
     """
     path = library_path()
     if path is None:
@@ -39,6 +39,11 @@ def get_library_path() -> str:
     if not path.exists():
         raise LibraryMissing(
             f"GSPN2_ORT_LIBRARY names {path}, which does not exist; unset it and run `gspn2convert build-ops`"
+        )
+    if not is_whole(path):
+        raise LibraryMissing(
+            f"{path} is no library, or not all of one; delete it, or unset GSPN2_ORT_LIBRARY if that names it, and run "
+            "`gspn2convert build-ops`"
         )
     return str(path)
 

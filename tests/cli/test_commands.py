@@ -107,7 +107,7 @@ def test_build_ops_says_how_to_use_the_library(monkeypatch, tmp_path, has_cuda):
     monkeypatch.setattr("gspn2_kernels.build.has_cuda", lambda library: has_cuda)
     result = CliRunner().invoke(main, ["build-ops"])
     assert result.stderr == "compiling\n"
-    assert result.stdout.startswith(f"built {path} ({'CPU and CUDA' if has_cuda else 'CPU alone'})\n")
+    assert result.stdout.startswith(f"library {path} ({'CPU and CUDA' if has_cuda else 'CPU alone'})\n")
     assert f'options.register_custom_ops_library("{path}")' in result.stdout
     assert ("CUDAExecutionProvider" in result.stdout) == has_cuda
     found = json.loads(CliRunner().invoke(main, ["build-ops", "--json"]).stdout)

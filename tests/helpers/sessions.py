@@ -7,6 +7,8 @@ from gspn2_kernels.build import library_path
 from gspn2_kernels.testing import assert_close
 from gspn2convert.session import OnnxSession
 
+# What tells a whole library of its kind, and nothing that could be loaded.
+LIBRARY = b"\x7fELF\2\1" + bytes(58)
 built = pytest.mark.skipif(library_path() is None, reason="needs the library: gspn2convert build-ops")
 
 # What ONNX Runtime for the CPU says when it is asked for CUDA, and leaves it out; that for CUDA logs an error.

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from gspn2_kernels import build as builds
 from gspn2_kernels import build_tools, onnx_op
 from gspn2_kernels.build import BuildError, build, has_cuda, library_path
+from helpers.sessions import LIBRARY
 
 
 @pytest.fixture(autouse=True)
@@ -31,6 +33,12 @@ def fake_headers(folder: Path, version: int = 21) -> Path:
 
 
 def test_two_processes_build_once(built_library: Path, cache: Path) -> None:
+    # One that was cut off is none.
+    damaged = cache / built_library.parent.name / built_library.name
+    damaged.parent.mkdir(parents=True)
+    damaged.write_bytes(built_library.read_bytes()[:20000])
+    shutil.copy(built_library.with_suffix(".json"), damaged.with_suffix(".json"))
+    assert library_path() is None
     code = "from gspn2_kernels.build import build; print(build(report=print))"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     workers = [
@@ -57,6 +65,20 @@ def test_failed_build_leaves_nothing(built_library: Path, cache: Path, tmp_path:
     assert [line.split(" with ")[0] for line in lines] == ["building"]
     assert [path.suffix for path in cache.iterdir()] == [".lock"]
     assert library_path() is None
+
+
+def test_compiler_that_makes_nothing_is_an_error(cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CXX", "/bin/true")
+    with pytest.raises(BuildError, match="ended without a library: .*set CXX to one that works"):
+        build(include=fake_headers(tmp_path / "headers"))
+    assert [path.suffix for path in cache.iterdir()] == [".lock"]
+
+
+def test_cache_that_cannot_be_written_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(BuildError, match=r"cannot build in .*file/gspn2convert: Not a directory; set XDG_CACHE_HOME"):
+        build(include=fake_headers(tmp_path / "headers"))
 
 
 def test_missing_headers_say_how_to_get_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -109,18 +131,20 @@ def test_missing_programs_say_how_to_get_them(monkeypatch: pytest.MonkeyPatch, t
 def test_which_library_is_found(cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert library_path() is None
     found = []
-    for age, (key, sources) in enumerate([("new", "now"), ("old", "now"), ("other", "before"), ("broken", "")]):
+    kinds = [("cut", "now"), ("new", "now"), ("old", "now"), ("other", "before"), ("broken", "")]
+    for age, (key, sources) in enumerate(kinds):
         library = cache / f"ort-{key}" / "libgspn2_ort.so"
         library.parent.mkdir(parents=True)
-        library.touch()
+        library.write_bytes(LIBRARY[: 40 if key == "cut" else None])
         os.utime(library, (1e9 - age, 1e9 - age))
         metadata = json.dumps({"sources": sources, "cuda": key == "new"})
         library.with_suffix(".json").write_text(metadata if sources else "{")
         found.append(library)
     monkeypatch.setattr(builds, "_source_hash", lambda: "now")
-    assert library_path() == found[0]
-    assert [has_cuda(path) for path in found] == [True, False, False, False]
-    monkeypatch.setenv("GSPN2_ORT_LIBRARY", str(tmp_path / "mine.so"))
+    assert library_path() == found[1]
+    assert [has_cuda(path) for path in found] == [False, True, False, False, False]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GSPN2_ORT_LIBRARY", "mine.so")
     assert library_path() == tmp_path / "mine.so"
 
 
@@ -130,6 +154,10 @@ def test_missing_library_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.setenv("GSPN2_ORT_LIBRARY", str(tmp_path / "mine.so"))
     with pytest.raises(onnx_op.LibraryMissing, match="names .*mine.so, which does not exist; .*build-ops`"):
         onnx_op.get_library_path()
+    for content in (b"", b"no library", LIBRARY[:40], LIBRARY[:40] + b"\x99" + LIBRARY[41:]):
+        (tmp_path / "mine.so").write_bytes(content)
+        with pytest.raises(onnx_op.LibraryMissing, match=r"mine.so is no library, or not all of one; .*build-ops`"):
+            onnx_op.get_library_path()
 
 
 def test_registering_twice_is_once(library: Path) -> None:

@@ -108,6 +108,12 @@ def test_common_mode_stays_exact(dtype: torch.dtype) -> None:
     assert_close("y", truth, run(scan_session(dtype), inputs), TOLERANCES[dtype])
 
 
+def test_one_weight_alone_is_one() -> None:
+    # Lines of one position: what a weight is off by would come once more with every line.
+    inputs = random_inputs((1, 1, 3000, 2))
+    assert_close("y", line_scan_ref(*(t.double() for t in inputs)), run(scan_session(), inputs), 2e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_sixteen_bit_numbers_are_rounded_once(dtype: torch.dtype) -> None:
     # On one line y = u (lam x): every number times 1 and times about 1/3.
@@ -216,6 +222,8 @@ def test_attribute_segment() -> None:
         scan_session(segment=-1)
     with pytest.raises(Exception, match="ai.gspn2::LineScan: attribute segment is a float, expected an int"):
         scan_session(segment=2.0)
+    with pytest.raises(Exception, match="ai.gspn2::LineScan: attribute segment is a text, expected an int"):
+        scan_session(segment="2")
 
 
 def test_eight_threads_on_one_session() -> None:

@@ -43,6 +43,10 @@ struct LineScanOp {
       OrtStatus* no_float = api.KernelInfoGetAttribute_float(info, "segment", &other);
       if (no_float == nullptr) return Error(kName, "attribute segment is a float, expected an int");
       api.ReleaseStatus(no_float);
+      size_t size = 0;  // what a text needs is asked for without a place for it
+      OrtStatus* no_text = api.KernelInfoGetAttribute_string(info, "segment", nullptr, &size);
+      if (no_text == nullptr) return Error(kName, "attribute segment is a text, expected an int");
+      api.ReleaseStatus(no_text);
     }
     if (*segment >= 0) return nullptr;
     const std::string given = "attribute segment is " + std::to_string(*segment);

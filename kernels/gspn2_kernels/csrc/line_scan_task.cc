@@ -25,10 +25,11 @@ GSPN2_INLINE void Normalise(Floats* weights) {
   const Floats m = least > 0.0f ? least : Floats{};
   const Floats one = Exp(-m);
   const Floats s0 = Sigmoid(a0, m, one), s1 = Sigmoid(a1, m, one), s2 = Sigmoid(a2, m, one);
-  const Floats scale = 1.0f / (s0 + s1 + s2);
-  weights[0] = s0 * scale;
-  weights[1] = s1 * scale;
-  weights[2] = s2 * scale;
+  // Divided each: times a reciprocal, the one weight of a line of one position is not quite 1, line after line.
+  const Floats sum = s0 + s1 + s2;
+  weights[0] = s0 / sum;
+  weights[1] = s1 / sum;
+  weights[2] = s2 / sum;
 }
 
 // Gathers the logits of a line by neighbour: for each of them an array over positions and, in them, groups.
