@@ -13,18 +13,12 @@ from gspn2convert.demo_data import FILE
 from gspn2convert.errors import UserError
 from gspn2convert.images import ImageSet
 from gspn2convert.recipe import Augment
+from helpers import pictures
 from helpers.photos import PLAIN, middle, photo, smooth
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-CONFIG = {
-    "input_size": (3, 24, 32),
-    "mean": (0.5, 0.4, 0.3),
-    "std": (0.2, 0.3, 0.4),
-    "interpolation": "bicubic",
-    "crop_pct": 1.0,
-    "crop_mode": "squash",
-}
+CONFIG = pictures.CONFIG | {"crop_pct": 1.0, "crop_mode": "squash"}
 CPU = torch.device("cpu")
 
 

@@ -18,6 +18,7 @@ from gspn2convert.mixer import Gspn2Mixer
 from gspn2convert.model import build_student
 from gspn2convert.recipe import Align, Fit, Mixer, Recipe, Recover
 from gspn2convert.teachers import load_teacher
+from helpers.conversions import same_bits
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -91,11 +92,6 @@ def assert_reports_hold(teacher, student, reports, images, grid):
         error = relative_error(block, mixer, *pairs[report.layer], grid)
         assert error == pytest.approx(report.error, rel=1e-4)
         assert report.error == report.errors[report.method] == min(report.errors.values())
-
-
-def same_bits(ours, theirs):
-    assert ours.keys() == theirs.keys()
-    return all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 @every_kind

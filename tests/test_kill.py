@@ -29,6 +29,7 @@ from gspn2convert.distill import Options, distill_student
 from gspn2convert.images import ImageSet
 from gspn2convert.interrupt import Interrupted
 from gspn2convert.recipe import parse_recipe
+from helpers.conversions import FILES
 from helpers.processes import environment
 
 RECIPE = """
@@ -40,7 +41,6 @@ recover: {steps: 70, batch_size: 2, ema: 0.9}
 held_out: 8
 eval_every: 35
 """
-FILES = ["README.md", "config.json", "metrics.json", "model.safetensors", "recipe.yaml"]
 BEFORE_TRAINING = 8 + 40 + 8  # images read: held out, for the fit, held out from the fit
 INTERRUPTED = 3
 KILLS = 10

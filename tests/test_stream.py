@@ -13,7 +13,8 @@ from gspn2convert.data import batches, open_images, split_images
 from gspn2convert.errors import UserError
 from gspn2convert.recipe import Augment
 from gspn2convert.stream import ahead
-from helpers.streams import CLASSES, CONFIG, FEW, numbers_of, picture, png, train, write_parquet
+from helpers.pictures import encode
+from helpers.streams import CLASSES, CONFIG, FEW, numbers_of, picture, train, write_parquet
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -25,7 +26,7 @@ def make_stream(tmp_path):
     def make(count=31, *, broken=(), window=8, split="train"):
         folder = tmp_path / "pets"
         for file, numbers in enumerate(np.array_split(range(count), 3) if not folder.exists() else ()):
-            contents = [png(picture(number)) for number in numbers]
+            contents = [encode(picture(number)) for number in numbers]
             contents = [one[:40] if number in broken else one for number, one in zip(numbers, contents, strict=True)]
             write_parquet(folder / f"train-{file}.parquet", contents, [int(number) % 3 for number in numbers])
         images = open_images(f"hfids/pets:{folder}", split)

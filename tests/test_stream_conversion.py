@@ -14,7 +14,8 @@ from gspn2convert.distill import Options, distill
 from gspn2convert.errors import UserError
 from gspn2convert.interrupt import Interrupted
 from gspn2convert.stream import Row
-from helpers.streams import COLUMNS, DEMO, png, write_parquet
+from helpers.pictures import encode
+from helpers.streams import COLUMNS, DEMO, write_parquet
 
 datasets = pytest.importorskip("datasets")
 
@@ -29,7 +30,7 @@ def convert(tmp_path, monkeypatch):
             pixels, labels = (arrays[f"{split}_{kind}"][:count] for kind in ("images", "labels"))
             names = open_images("demo", split, in_chans=1).label_names
             columns = COLUMNS | {"kind": datasets.ClassLabel(names=names)}
-            contents = [png(Image.fromarray(one)) for one in pixels]
+            contents = [encode(Image.fromarray(one)) for one in pixels]
             for part in range(2):
                 half = slice(part * count // 2, (part + 1) * count // 2)
                 file = tmp_path / "demo" / f"{split}-{part}.parquet"

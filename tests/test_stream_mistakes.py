@@ -7,7 +7,8 @@ import pytest
 from gspn2convert.data import open_images, split_images
 from gspn2convert.errors import UserError
 from gspn2convert.stream import Row, Stream
-from helpers.streams import CLASSES, FEW, picture, png, write_parquet
+from helpers.pictures import encode
+from helpers.streams import CLASSES, FEW, picture, write_parquet
 
 datasets = pytest.importorskip("datasets")
 pa = pytest.importorskip("pyarrow")
@@ -24,7 +25,7 @@ def test_mistakes_are_told_in_one_line(tmp_path, monkeypatch) -> None:
     (tmp_path / "texts").mkdir()
     parquet.write_table(table, tmp_path / "texts" / "train.parquet")
     write_parquet(tmp_path / "empty" / "train.parquet", [], [])
-    write_parquet(tmp_path / "single" / "train.parquet", [png(picture(0))], [0])
+    write_parquet(tmp_path / "single" / "train.parquet", [encode(picture(0))], [0])
     said = {
         f"hfids/pets:{tmp_path / 'missing'}": "no such folder; expected parquet files or images",
         f"hfids/pets:{tmp_path / 'nothing'}": "cannot be opened: .*",

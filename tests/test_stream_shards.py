@@ -13,7 +13,8 @@ import pytest
 from gspn2convert.data import open_images
 from gspn2convert.errors import UserError
 from gspn2convert.hub import expand
-from helpers.streams import numbers_of, picture, png, train
+from helpers.pictures import encode
+from helpers.streams import numbers_of, picture, train
 
 datasets = pytest.importorskip("datasets")
 
@@ -27,7 +28,7 @@ def shards(tmp_path):
     for shard in range(3):
         with tarfile.open(tmp_path / "shards" / f"pets-{8 + shard:02}.tar", "w") as tar:
             for number in range(10 * shard, 10 * shard + 10):
-                for name, content in ((f"{number:03}.png", png(picture(number))), (f"{number:03}.cls", b"1")):
+                for name, content in ((f"{number:03}.png", encode(picture(number))), (f"{number:03}.cls", b"1")):
                     member = tarfile.TarInfo(name)
                     member.size = len(content)
                     tar.addfile(member, io.BytesIO(content))

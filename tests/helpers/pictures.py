@@ -30,10 +30,14 @@ def picture(number: int, size: tuple[int, int] = (20, 16)) -> Image.Image:
     return Image.fromarray((np.stack(channels, -1) % 256).astype(np.uint8))
 
 
-def png(number: int) -> bytes:
+def encode(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
-    picture(number).save(buffer, "PNG")
+    image.save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def png(number: int) -> bytes:
+    return encode(picture(number))
 
 
 def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:

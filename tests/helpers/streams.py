@@ -1,6 +1,5 @@
 """Pictures by number, written as `datasets` writes them, and batches of them."""
 
-import io
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,14 +16,7 @@ datasets = pytest.importorskip("datasets")
 pa = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
 
-CONFIG = {
-    "input_size": (3, 24, 32),
-    "mean": (0.5, 0.4, 0.3),
-    "std": (0.2, 0.3, 0.4),
-    "interpolation": "bicubic",
-    "crop_pct": 1.0,
-    "crop_mode": "center",
-}
+CONFIG = pictures.CONFIG | {"crop_pct": 1.0}
 DEMO_RECIPE = """
 name: short
 mixer: {proxy_dim: C/4}
@@ -45,12 +37,6 @@ COLUMNS = {"picture": datasets.Image(), "kind": datasets.ClassLabel(names=CLASSE
 
 def picture(number: int, size: tuple[int, int] = (40, 32)) -> Image.Image:
     return pictures.picture(number, size)
-
-
-def png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def write_parquet(file: Path, contents: list[bytes], labels: list[int], columns: dict = COLUMNS) -> None:

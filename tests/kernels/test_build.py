@@ -14,6 +14,7 @@ import pytest
 from gspn2_kernels import build as builds
 from gspn2_kernels import build_tools, onnx_op
 from gspn2_kernels.build import BuildError, build, has_cuda, library_path
+from helpers.processes import environment
 from helpers.sessions import LIBRARY
 
 
@@ -40,9 +41,8 @@ def test_two_processes_build_once(built_library: Path, cache: Path) -> None:
     shutil.copy(built_library.with_suffix(".json"), damaged.with_suffix(".json"))
     assert library_path() is None
     code = "from gspn2_kernels.build import build; print(build(report=print))"
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     workers = [
-        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment)
+        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment())
         for _ in range(2)
     ]
     printed = [worker.communicate()[0].splitlines() for worker in workers]
