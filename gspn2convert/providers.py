@@ -15,8 +15,8 @@ _SUFFIX = "ExecutionProvider"
 _NHWC_SINCE = (1, 20)
 
 
-def pick_providers(available: Sequence[str], asked: Sequence[str] | None) -> list[str]:
-    """Turn short names into those of ONNX Runtime, or choose where nothing is asked for.
+def pick_providers(available: Sequence[str], asked: str | Sequence[str] | None) -> list[str]:
+    """Turn short names, or one, into those of ONNX Runtime, or choose where nothing is asked for.
 
     Raises:
         UserError: this ONNX Runtime has no provider of a name, or the list is empty.
@@ -25,7 +25,7 @@ def pick_providers(available: Sequence[str], asked: Sequence[str] | None) -> lis
         return [CUDA, CPU] if CUDA in available and has_cuda_device() else [CPU]
     short = {name.removesuffix(_SUFFIX).lower(): name for name in available}
     picked = []
-    for name in asked:
+    for name in [asked] if isinstance(asked, str) else asked:
         key = name.removesuffix(_SUFFIX).lower()
         if key not in short:
             hint = "; for CUDA install onnxruntime-gpu in place of onnxruntime" if key == "cuda" else ""

@@ -82,7 +82,7 @@ class OnnxSession:
         feed = {self._input: np.ascontiguousarray(images, dtype=self._dtype)}
         try:
             outputs: list[np.ndarray] = self._session.run(None, feed)
-        except Exception as error:  # ONNX Runtime's errors have no class in common but this one
+        except Exception as error:  # ONNX Runtime's errors share no other class
             raise UserError(
                 f"{self.path}: ONNX Runtime failed on images of shape {images.shape}: {_said(error)}"
             ) from error
@@ -116,9 +116,8 @@ class OnnxSession:
         channels, *size = self.input_size
         multiple = self.size_multiple
         wanted = (self.batch, channels, *size)
-        fits = images.ndim == 4 and 0 not in images.shape[1:]
-        fits = fits and all(want in (None, have) for want, have in zip(wanted, images.shape, strict=True))
-        if not fits or any(have % step for have, step in zip(images.shape[2:], multiple, strict=True)):
+        fits = images.ndim == 4 and all(want in (None, have) for want, have in zip(wanted, images.shape, strict=True))
+        if not fits or any(not have or have % step for have, step in zip(images.shape[2:], multiple, strict=True)):
             names = zip(wanted, ("B", "C", "H", "W"), strict=True)
             takes = ", ".join(name if want is None else str(want) for want, name in names)
             steps = "" if multiple == (1, 1) else f", H in multiples of {multiple[0]} and W of {multiple[1]}"
@@ -154,8 +153,7 @@ def onnx_session(
     runtime = _onnxruntime()
     if not path.is_file():
         raise UserError(f"{path}: no such file; gspn2convert export writes one")
-    asked = [providers] if isinstance(providers, str) else providers
-    wanted = pick_providers(runtime.get_available_providers(), asked)
+    wanted = pick_providers(runtime.get_available_providers(), providers)
     if CUDA in wanted:
         _preload(runtime)
     session, registered = _start(runtime, path, wanted, library)
@@ -219,7 +217,7 @@ def _register(options: Any, providers: Sequence[str], *, insist: bool) -> Path |
         done = register(options, tuple(providers))
     except LibraryMissing as error:
         raise UserError(str(error)) from error
-    except Exception as error:
+    except Exception as error:  # ONNX Runtime's errors share no other class
         raise UserError(
             f"{path}: ONNX Runtime cannot load this library ({_said(error)}); rebuild it or leave it out"
         ) from error
@@ -247,7 +245,7 @@ def _open(runtime: Any, path: Path, options: Any, arguments: dict[str, Any]) -> 
     try:
         with contextlib.redirect_stdout(sys.stderr):  # where it would say that a provider does not start
             session = runtime.InferenceSession(str(path), options, **arguments)
-    except Exception as error:
+    except Exception as error:  # ONNX Runtime's errors share no other class
         said = _said(error)
         if "PROTOBUF" in said or "No graph was found" in said:
             raise UserError(f"{path}: no ONNX file, or not all of it; gspn2convert export writes one") from error

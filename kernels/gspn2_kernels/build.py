@@ -54,9 +54,9 @@ def build(*, include: Path | None = None, cuda: bool = False, report: Callable[[
         BuildError: Something is missing or the compiler fails; the message says what to do.
     """
     headers, compiler, (cmake, generator) = find_headers(include), find_compiler(), find_cmake()
-    nvcc = find_nvcc() if cuda else None
+    nvcc, sources = find_nvcc() if cuda else None, _source_hash()
     made_of = {
-        "sources": _source_hash(),
+        "sources": sources,
         "compiler": version(compiler),
         "cmake": version(cmake),
         "nvcc": version(nvcc) if nvcc else None,
@@ -67,7 +67,7 @@ def build(*, include: Path | None = None, cuda: bool = False, report: Callable[[
     key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
     target = cache_folder() / f"ort-{key}"
     with _locked(target.with_suffix(".lock"), report):
-        if not _fits(target / _LIBRARY):
+        if not _fits(target / _LIBRARY, sources):
             report(f"building with {compiler}, {f'{nvcc}, ' if nvcc else ''}headers in {headers}")
             options = [f"-DORT_INCLUDE_DIR={headers}", f"-DCMAKE_CXX_COMPILER={compiler}"]
             if nvcc:
@@ -88,7 +88,8 @@ def library_path() -> Path | None:
     packaged = Path(__file__).parent / "lib" / _LIBRARY
     if packaged.exists():
         return packaged
-    built = [path for path in cache_folder().glob(f"ort-*/{_LIBRARY}") if _fits(path)]
+    sources = _source_hash()
+    built = [path for path in cache_folder().glob(f"ort-*/{_LIBRARY}") if _fits(path, sources)]
     return max(built, key=lambda path: path.stat().st_mtime, default=None)
 
 
@@ -197,5 +198,5 @@ def _metadata(library: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _fits(library: Path) -> bool:
-    return _metadata(library).get("sources") == _source_hash() and is_whole(library)
+def _fits(library: Path, sources: str) -> bool:
+    return _metadata(library).get("sources") == sources and is_whole(library)

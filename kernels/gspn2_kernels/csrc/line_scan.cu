@@ -125,12 +125,10 @@ bool Fits(const Shape& shape, Dtype dtype, const Plan& plan, const Device& devic
 bool ChooseDirect(const Shape& shape, Dtype dtype, const Device& device, Plan* plan) {
   const int64_t length = std::max(shape.height, shape.width), each = shape.channels / shape.groups;
   if (length > 2 * kLanes) return false;
-  int64_t vector = kChunk / SizeOf(dtype);
-  *plan = {Kind::kDirect, 1, 0, 2, 1, false};
-  if (length <= kLanes || each % vector) {
-    vector = 8 / SizeOf(dtype);
-    *plan = {Kind::kDirect, static_cast<int>(Quotient<int64_t>(length, kLanes)), 0, 1, 1, false};
-  }
+  const bool two = length > kLanes && each % (kChunk / SizeOf(dtype)) == 0;
+  const int64_t vector = (two ? kChunk : 8) / SizeOf(dtype);
+  const int warps = two ? 2 : 1, positions = static_cast<int>(Quotient<int64_t>(length, kLanes * warps));
+  *plan = {Kind::kDirect, positions, 0, warps, 1, false};
   return each % vector == 0 && 4 * shape.batch * shape.channels / vector <= device.processors;
 }
 
