@@ -10,12 +10,14 @@ Shapes: B batch, N = P + H W tokens, P prefix tokens, C channels, R proxy dimens
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from timm.layers import Attention
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from gspn2_kernels import line_scan, local_perception, merge, norm_mean
 from gspn2_kernels.operands import autocast
@@ -23,6 +25,11 @@ from gspn2convert.prefix import PrefixRead
 
 DIRECTIONS = 4
 NEIGHBOURS = 3
+# What a backward does not compute anew, within what it does.
+_KEEP_SCANS = partial(
+    create_selective_checkpoint_contexts,
+    [torch.ops.gspn2.line_scan.default, torch.ops.gspn2.line_scan_train.default],
+)
 
 
 class Gspn2Mixer(nn.Module):
@@ -161,6 +168,16 @@ class Gspn2Mixer(nn.Module):
         if torch.compiler.is_exporting():
             x = x[:, x.shape[1] - grid[0] * grid[1] :]
         latent = self.down(x)
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self._gated_scan(latent, x, grid)
+        # lam, u and logits are 8 R + 12 G numbers a patch, and a product of R: the backward makes them again.
+        out: Tensor = checkpoint(
+            *(self._gated_scan, latent, x, grid), use_reentrant=False, preserve_rng_state=False, context_fn=_KEEP_SCANS
+        )
+        return out
+
+    def _gated_scan(self, latent: Tensor, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """The scans of the latent (B, N, R) of tokens x (B, N, C), each times its gate."""
         source = latent if self.from_latent else x
         weight, bias = self.control.weight, self.control.bias
         scan = DIRECTIONS * self.proxy_dim

@@ -126,3 +126,38 @@ def test_every_parameter_gets_a_gradient() -> None:
     mixer(torch.randn(2, 1 + 12, DIM), (3, 4)).square().sum().backward()
     silent = [name for name, p in mixer.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert silent == []
+
+
+@pytest.mark.parametrize(
+    ("prefix", "options"),
+    [(1, {"groups": 2}), (0, {"segment": 3}), (2, {"proxy_dim": 1})],
+    ids=["groups", "segments", "from the tokens"],
+)
+def test_gradients_are_those_of_the_formula(prefix: int, options: dict[str, int | bool | str]) -> None:
+    mixer = make_mixer(has_prefix=prefix > 0, **options)
+    x = torch.randn(2, prefix + 35, DIM, requires_grad=True)
+    dy = torch.randn_like(x) + 0.5
+    variables = [x, *mixer.parameters()]
+    expected, out = (
+        torch.autograd.grad(y, variables, dy, allow_unused=True)
+        for y in (reference(mixer, x, (5, 7)), mixer(x, (5, 7)))
+    )
+    for name, one, other in zip(["x", *dict(mixer.named_parameters())], expected, out, strict=True):
+        assert (one is None) == (other is None), name
+        if one is not None:
+            assert_close(name, one, other, 1e-5)
+
+
+def test_backward_keeps_neither_gates_nor_logits() -> None:
+    mixer = make_mixer()
+    saved: dict[int, int] = {}
+
+    def note(t: Tensor) -> Tensor:
+        saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes() // t.element_size()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        out = mixer(torch.randn(2, 1 + 12, DIM), (3, 4))
+    scans = 2 * 12 * 4 * mixer.proxy_dim
+    assert list(saved.values()).count(scans) == 1  # y, for the merge
+    assert out.requires_grad
