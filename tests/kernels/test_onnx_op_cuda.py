@@ -101,6 +101,24 @@ def test_library_is_the_reference(
     assert_close("y", line_scan_ref(*(t.double().cuda() for t in inputs), segment), got, TOLERANCES[dtype])
 
 
+@pytest.mark.parametrize(
+    ("shape", "groups"),
+    [
+        ((1, 40, 37, 32), 1),  # direct kernels: two warps a line, two positions a lane, one
+        ((1, 50, 40, 12), 2),
+        ((1, 31, 18, 16), 1),
+        ((16, 14, 15, 64), 1),
+        ((1, 19, 90, 32), 1),
+        ((3, 11, 10, 7), 1),
+    ],
+)
+def test_infinity_stays_where_the_reference_has_it(shape: tuple[int, int, int, int], groups: int) -> None:
+    inputs = random_inputs(shape, groups)
+    inputs[0][0, 0, 0] = torch.inf  # what lanes beyond a line read as well
+    want, got = line_scan_ref(*inputs, 3), run(scan_session(segment=3), inputs)
+    assert torch.equal(got.isfinite(), want.isfinite())
+
+
 @every_dtype
 @pytest.mark.parametrize("shape", [(0, 3, 4, 2), (2, 0, 4, 2), (2, 3, 0, 2), (2, 3, 4, 0)])
 def test_empty(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
