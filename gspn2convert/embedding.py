@@ -1,11 +1,11 @@
-"""A ViT's embedding of images by matrix products, for exports.
+"""A ViT's embedding of images by matrix products, for exports and GPUs.
 
 timm resizes the position embedding to the image's grid by bicubic, antialiased interpolation. As an ONNX `Resize` with
 antialiasing that is wrong on some execution providers and refused by others. The map is linear and separable, so
 one matrix of cubic weights per axis and two matrix products do the same with elementwise operators.
 
 A convolution whose kernel is its stride cuts the image into patches and multiplies each by one matrix. As a product
-ONNX Runtime's CUDA provider computes it many times as fast as its convolution of three channels.
+ONNX Runtime's CUDA provider and PyTorch on a GPU compute it many times as fast as a convolution of three channels.
 
 Shapes: B batch, P prefix tokens, S T old grid, H W new grid, the image's patches, C channels.
 """
@@ -21,6 +21,18 @@ from torch import Tensor, nn
 
 # Keys' cubic kernel as PyTorch and Pillow use it when antialiasing.
 _A = -0.5
+
+
+class PatchConv2d(nn.Conv2d):
+    """The convolution of a patch embedding, on a GPU by a product: cuDNN takes 1.0 ms in bf16 for an image of 2048 px."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map images (B, channels, height, width) to patches (B, C, H, W), as `nn.Conv2d` does."""
+        if not x.is_cuda or not cuts_patches(self):
+            return super().forward(x)
+        rows, columns = self.kernel_size
+        # What is beyond the last whole patch is left out, as a convolution does.
+        return embed_by_product(self, x[..., : x.shape[2] // rows * rows, : x.shape[3] // columns * columns])
 
 
 def make_embedding_portable(vit: VisionTransformer) -> None:
@@ -85,9 +97,13 @@ def embed_by_product(convolution: nn.Conv2d, images: Tensor) -> Tensor:
     Returns:
         (B, C, H, W).
     """
-    plain = convolution.stride, (0, 0), (1, 1), 1
-    kernel, *others = (getattr(convolution, name) for name in ("kernel_size", "padding", "dilation", "groups"))
-    assert (kernel, *others) == plain, "patches overlap, leave something out, or are no patches"
-    rows, columns = kernel
+    assert cuts_patches(convolution), "patches overlap, leave something out, or are no patches"
+    rows, columns = convolution.kernel_size
     patches = images.unflatten(3, (-1, columns)).unflatten(2, (-1, rows)).permute(0, 2, 4, 1, 3, 5)
     return F.linear(patches.flatten(3), convolution.weight.flatten(1), convolution.bias).permute(0, 3, 1, 2)
+
+
+def cuts_patches(convolution: nn.Conv2d) -> bool:
+    """Tell whether a convolution cuts images into patches, each pixel in one, and multiplies each by one matrix."""
+    found = (getattr(convolution, name) for name in ("kernel_size", "padding", "dilation", "groups"))
+    return tuple(found) == (convolution.stride, (0, 0), (1, 1), 1)

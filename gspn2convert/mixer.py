@@ -19,7 +19,7 @@ from timm.layers import Attention
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from gspn2_kernels import line_scan, local_perception, merge, norm_mean
+from gspn2_kernels import divide, line_scan, local_perception, merge, norm_mean
 from gspn2_kernels.operands import autocast
 from gspn2convert.prefix import PrefixRead
 
@@ -113,7 +113,7 @@ class Gspn2Mixer(nn.Module):
         # Once, and not for each of the products that read the tokens, nor for the gradient of each.
         (x,) = autocast(x.device.type, x)
         patches = self._patches(x, grid)
-        out = F.linear(self.scan(x, grid).flatten(-2), self.merge_weight(*grid))
+        out = F.linear(self.scan(x, grid).flatten(-2), divide(self.proj.weight, self._lines(grid)))
         if self.lpu is not None:
             out = local_perception(patches, self.lpu.weight, out)
         row, prefix_out, share, values = self._read(x, patches.mean((1, 2)), grid)
@@ -135,9 +135,9 @@ class Gspn2Mixer(nn.Module):
         prefix = residual.shape[1] - grid[0] * grid[1]
         x, mean = norm_mean(residual, norm.weight, norm.bias, norm.eps, prefix)
         row, prefix_out, share, values = self._read(x, mean, grid)
-        filters = None if self.lpu is None else self.lpu.weight
-        y, weight = self.scan(x, grid), self.merge_weight(*grid)
-        return merge(y, weight, x, filters, share, values, row, residual, gamma, prefix_out)
+        filters, lines = None if self.lpu is None else self.lpu.weight, self._lines(grid)
+        y = self.scan(x, grid)
+        return merge(y, self.proj.weight, lines, x, filters, share, values, row, residual, gamma, prefix_out)
 
     def _read(
         self, x: Tensor, mean: Tensor, grid: tuple[int, int]
@@ -146,10 +146,11 @@ class Gspn2Mixer(nn.Module):
 
         `mean` is the mean patch (B, C) of the tokens x.
         """
-        row = self.proj.bias.expand(x.shape[0], -1)
-        if self.shared is not None:
+        if self.shared is None:
+            row = self.proj.bias.expand(x.shape[0], -1)
+        else:
             summary = torch.cat([mean, x[:, 0]], -1) if self.prefix is not None else mean
-            row = row + self.shared(summary)
+            row = F.linear(summary, self.shared.weight, self.proj.bias)
         if self.prefix is None:
             return row, None, None, None
         return row, *self.prefix(x, x.shape[1] - grid[0] * grid[1])
@@ -183,23 +184,14 @@ class Gspn2Mixer(nn.Module):
         scan = DIRECTIONS * self.proxy_dim
         # A product for each part: results are contiguous, and no gradient has to be copied into that of a whole.
         lam, u = (F.linear(source, weight[i : i + scan], bias[i : i + scan]) for i in (0, scan))
-        # Room for a fourth logit after every three: kernels read four at once, and the product has even columns.
+        # A fourth logit, whatever it is, after every three: kernels read four at once, and the product has even columns.
         rows, level = (t[2 * scan :].unflatten(0, (-1, NEIGHBOURS)) for t in (weight, bias))
-        logits = F.linear(source, F.pad(rows, (0, 0, 0, 1)).flatten(0, 1), F.pad(level, (0, 1)).flatten())
+        rows, level = (torch.cat([t, t[:, :1]], 1).flatten(0, 1) for t in (rows, level))
+        logits = F.linear(source, rows, level)
         lam, u = (self._patches(t, grid).unflatten(-1, (DIRECTIONS, -1)) for t in (lam, u))
         logits = self._patches(logits, grid).unflatten(-1, (DIRECTIONS, self.groups, -1))[..., :NEIGHBOURS]
         return line_scan(self._patches(latent, grid), lam, logits, u, self.segment)
 
-    def merge_weight(self, height: int, width: int) -> Tensor:
-        """Weight (C, 4R) of the merge, each direction over its number of lines.
-
-        A scan adds up its lines; divided by them it is a mean, as attention is, and keeps its size
-        when the image grows.
-        """
-        # Symbolic while a model is exported with dynamic sizes.
-        lines: list[Any] = [torch.sym_min(self.segment, size) if self.segment else size for size in (height, width)]
-        weight = self.proj.weight
-        # bfloat16 counts to 256 only.
-        dtype = torch.float32 if weight.dtype == torch.bfloat16 else weight.dtype
-        counts = [weight.new_full((weight.shape[1] // 2,), number, dtype=dtype) for number in lines]
-        return (weight / torch.cat(counts)).to(weight.dtype)
+    def _lines(self, grid: tuple[int, int]) -> list[Any]:
+        """How many lines a scan adds up, along the columns and along the rows; symbolic in an export for any size."""
+        return [torch.sym_min(self.segment, size) if self.segment else size for size in grid]

@@ -23,6 +23,8 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from gspn2_kernels import layer_norm
+from gspn2convert.embedding import PatchConv2d
 from gspn2convert.errors import UserError
 from gspn2convert.mixer import Gspn2Mixer
 from gspn2convert.vit import GSPN2_VIT, base_arguments, check_vit, current_arguments, num_prefix, probe, public_cfg
@@ -94,19 +96,24 @@ class GspnBlock(Block):
         assert isinstance(self.attn, Gspn2Mixer)
         if self._fuses():
             assert isinstance(self.norm1, nn.LayerNorm)
+            assert isinstance(self.norm2, nn.LayerNorm)
             x = self.attn.add_to(x, self.norm1, grid, getattr(self.ls1, "gamma", None))
+            a = layer_norm(x, self.norm2.weight, self.norm2.bias, self.norm2.eps)
         else:
             x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), grid)))
-        out: Tensor = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+            a = self.norm2(x)
+        out: Tensor = x + self.drop_path2(self.ls2(self.mlp(a)))
         return out
 
     def _fuses(self) -> bool:
-        """Whether norm, mixer and residual may be one: nothing is trained, and nobody listens to what is between.
+        """Whether norms, mixer and residual may be ours: nothing is trained, and nobody listens to what is between.
 
         A mixer whose weights are spread over processes (FSDP) is listened to: its hooks gather them.
         """
-        listened = any(part._forward_hooks for part in (self.norm1, self.attn, self.ls1))
-        return not (torch.is_grad_enabled() or self.training or listened) and isinstance(self.norm1, nn.LayerNorm)
+        norms = self.norm1, self.norm2
+        listened = any(part._forward_hooks for part in (*norms, self.attn, self.ls1))
+        plain = all(isinstance(norm, nn.LayerNorm) for norm in norms)
+        return plain and not (torch.is_grad_enabled() or self.training or listened)
 
 
 def _recomputes(block: KeptBlock | GspnBlock) -> bool:
@@ -223,6 +230,8 @@ def _convert_class(model: nn.Module, arguments: dict[str, Any]) -> None:
     vit.__class__ = _CONVERTED[type(vit)]
     assert isinstance(vit, Gspn2Vit)
     vit.share_grid()
+    if type(vit.patch_embed.proj) is nn.Conv2d:
+        vit.patch_embed.proj.__class__ = PatchConv2d
     # timm records the arguments itself since 1.0.31.
     vit._model_args = arguments
     vit._model_args = current_arguments(vit)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from gspn2_kernels import line_scan_ref
 from gspn2_kernels.testing import assert_close, random_inputs
 from gspn2convert import onnx_graph
-from gspn2convert.embedding import embed_by_product, make_embedding_portable, resample_position
+from gspn2convert.embedding import PatchConv2d, embed_by_product, make_embedding_portable, resample_position
 from gspn2convert.onnx_function import DOMAIN, NAME, line_scan_function
 from helpers.onnx_runs import run_evaluator, run_onnxruntime
 
@@ -126,3 +126,13 @@ def test_patches_by_a_product(kernel: tuple[int, int], bias: bool) -> None:
     convolution = torch.nn.Conv2d(3, 5, kernel, stride=kernel, bias=bias)
     images = torch.randn(2, 3, 3 * kernel[0], 7 * kernel[1]) + 0.5
     assert_close("patches", convolution(images).detach(), embed_by_product(convolution, images).detach())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("stride", [(4, 6), (3, 6)], ids=["patches", "overlapping ones"])
+def test_patch_embedding_on_a_gpu_is_the_convolution(stride: tuple[int, int]) -> None:
+    convolution = torch.nn.Conv2d(3, 5, (4, 6), stride=stride).double().cuda()
+    images = torch.randn(2, 3, 19, 43, dtype=torch.float64, device="cuda") + 0.5
+    expected = convolution(images).detach()
+    convolution.__class__ = PatchConv2d
+    assert_close("patches", expected, convolution(images).detach())

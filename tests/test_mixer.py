@@ -89,16 +89,6 @@ def test_adding_to_the_stream_is_the_mixer_and_a_sum(
     assert_close("stream", expected, mixer.add_to(stream, norm, (5, 3), scale), 1e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@torch.no_grad()
-def test_merge_weights_are_rounded_once(dtype: torch.dtype) -> None:
-    """259 lines are 260 in bfloat16."""
-    mixer = make_mixer().to(dtype)
-    vertical, horizontal = mixer.proj.weight.float().chunk(2, 1)
-    expected = torch.cat([vertical / 259, horizontal / 1027], 1).to(dtype)
-    assert torch.equal(mixer.merge_weight(259, 1027), expected)
-
-
 def test_a_narrow_proxy_is_controlled_by_the_tokens() -> None:
     assert make_mixer(proxy_dim=2).from_latent
     assert not make_mixer(proxy_dim=1).from_latent

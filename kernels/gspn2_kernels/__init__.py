@@ -2,8 +2,18 @@
 
 from gspn2_kernels.line_scan import backend, line_scan, register_backend
 from gspn2_kernels.local import local_perception
-from gspn2_kernels.merge import merge
-from gspn2_kernels.norm import norm_mean
+from gspn2_kernels.merge import divide, merge
+from gspn2_kernels.norm import layer_norm, norm_mean
 from gspn2_kernels.reference import line_scan_ref
 
-__all__ = ["backend", "line_scan", "line_scan_ref", "local_perception", "merge", "norm_mean", "register_backend"]
+__all__ = [
+    "backend",
+    "divide",
+    "layer_norm",
+    "line_scan",
+    "line_scan_ref",
+    "local_perception",
+    "merge",
+    "norm_mean",
+    "register_backend",
+]

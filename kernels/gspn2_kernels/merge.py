@@ -3,6 +3,7 @@
 Shapes: B batch, H W grid, N = P + H W tokens, P prefix tokens, C channels, R scanned channels, S columns of the share.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,16 +16,17 @@ from gspn2_kernels.operands import autocast, by_triton, check_first, check_other
 from gspn2_kernels.registration import define
 
 _SCHEMA = (
-    "merge(Tensor y, Tensor weight, Tensor a, Tensor? filters, Tensor? share, Tensor? values, Tensor row,"
+    "merge(Tensor y, Tensor weight, SymInt[] lines, Tensor a, Tensor? filters, Tensor? share, Tensor? values, Tensor row,"
     " Tensor residual, Tensor? gamma, Tensor? prefix_out) -> Tensor"
 )
 # Places of arguments.
-_RESIDUAL, _GAMMA = 7, 8
+_RESIDUAL, _GAMMA = 8, 9
 
 
 def merge(
     y: Tensor,
     weight: Tensor,
+    lines: Sequence[int],
     a: Tensor,
     filters: Tensor | None,
     share: Tensor | None,
@@ -34,7 +36,7 @@ def merge(
     gamma: Tensor | None = None,
     prefix_out: Tensor | None = None,
 ) -> Tensor:
-    """Compute residual + gamma * (y weight^T + depthwise3x3(a, filters) + share values + row) for the patches.
+    """Compute residual + gamma * (y / lines weight^T + depthwise3x3(a, filters) + share values + row) for the patches.
 
     Prefix tokens become residual + gamma * prefix_out. The tensors share one dtype (fp64, fp32, fp16 or bf16) and one
     device, except that residual and gamma may be fp32 beside others. Under autocast all but these two are cast to the
@@ -43,6 +45,7 @@ def merge(
     Args:
         y: Scans (B, H, W, 4, R).
         weight: Merge of the scans (C, 4 R).
+        lines: What the scans of the first two and those of the last two directions are divided by, see `divide`.
         a: Tokens (B, N, C) that the convolution reads, prefix tokens first.
         filters: Weight (C, 1, 3, 3) of a depthwise convolution with zeros around the grid, or None.
         share: What patches take of the values (B, H W, S), or None.
@@ -58,16 +61,16 @@ def merge(
     Raises:
         ValueError: A shape, dtype or device does not fit; the message names the argument and what was expected.
     """
-    arguments = (y, weight, a, filters, share, values, row, residual, gamma, prefix_out)
+    arguments = (y, weight, lines, a, filters, share, values, row, residual, gamma, prefix_out)
     out: Tensor
     if by_triton(y):
         out = torch.ops.gspn2.merge(*arguments)
         return out
-    y, weight, a, filters, share, values, row = autocast(y.device.type, *arguments[:7])
+    y, weight, a, filters, share, values, row = autocast(y.device.type, y, weight, a, filters, share, values, row)
     (prefix_out,) = autocast(y.device.type, prefix_out)
-    _check(y, weight, a, filters, share, values, row, residual, gamma, prefix_out)
+    _check(y, weight, lines, a, filters, share, values, row, residual, gamma, prefix_out)
     grid, prefix = y.shape[1:3], residual.shape[1] - y.shape[1] * y.shape[2]
-    scans = y.flatten(1, 2).flatten(2)
+    scans, weight = y.flatten(1, 2).flatten(2), divide(weight, lines)
     if torch.compiler.is_exporting():
         out = _one_product(scans, weight, share, values, row)
     else:
@@ -79,6 +82,21 @@ def merge(
     if prefix_out is not None:
         out = torch.cat([prefix_out, out], 1)
     return (residual + (out if gamma is None else gamma * out)).to(residual.dtype).contiguous()
+
+
+def divide(weight: Tensor, lines: Sequence[int]) -> Tensor:
+    """Divide each direction's part of a merge's weight (C, 4 R) by its number of lines, and round once.
+
+    A scan adds up its lines; divided by them it is a mean, as attention is, and keeps its size when the image grows.
+
+    Args:
+        weight: Of the merge (C, 4 R).
+        lines: For the first two directions and for the last two; symbolic while a model is exported for any size.
+    """
+    # bfloat16 counts to 256 only.
+    dtype = torch.float32 if weight.dtype == torch.bfloat16 else weight.dtype
+    counts = [weight.new_full((weight.shape[1] // 2,), number, dtype=dtype) for number in lines]
+    return (weight / torch.cat(counts)).to(weight.dtype)
 
 
 def _one_product(scans: Tensor, weight: Tensor, share: Tensor | None, values: Tensor | None, row: Tensor) -> Tensor:
@@ -100,6 +118,7 @@ def _one_product(scans: Tensor, weight: Tensor, share: Tensor | None, values: Te
 def _check(
     y: Tensor,
     weight: Tensor,
+    lines: Sequence[int],
     a: Tensor,
     filters: Tensor | None,
     share: Tensor | None,
@@ -123,6 +142,8 @@ def _check(
     check_other("row", "(B, C)", row, (batch, channels), y)
     check_other("gamma", "(C,)", gamma, (channels,), y, torch.float32)
     check_other("prefix_out", "(B, P, C)", prefix_out, (batch, prefix, channels), y)
+    if len(lines) != 2:
+        raise ValueError(f"lines are {tuple(lines)}, expected two numbers")
     if (share is None) != (values is None):
         raise ValueError("share and values belong together: give both or neither")
     if share is not None and values is not None:
@@ -133,11 +154,11 @@ def _check(
 
 @define(_SCHEMA)
 def _merge(*arguments: Any) -> Tensor:  # noqa: ANN401  those of `merge`, in order
-    from gspn2_kernels import triton_local
+    from gspn2_kernels import triton_merge
 
     _check(*arguments)
     with torch.cuda.device_of(arguments[_RESIDUAL]):
-        return triton_local.merge(*arguments)
+        return triton_merge.merge(*arguments)
 
 
 @torch.library.register_fake("gspn2::merge")
@@ -154,6 +175,7 @@ register_autocast("merge", torch.ops.gspn2.merge, (_RESIDUAL, _GAMMA))
 def _flops(
     y: torch.Size,
     weight: torch.Size,
+    lines: Sequence[int],
     a: torch.Size,
     filters: torch.Size | None,
     share: torch.Size | None,

@@ -14,7 +14,6 @@ Shapes: B batch, H W grid, C channels; a tile is LW lanes of P positions by BC c
 import math
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -42,43 +41,15 @@ def forward(a: Tensor, weight: Tensor, base: Tensor | None) -> Tensor:
     Returns:
         (B, H, W, C), contiguous, in the dtype of a.
     """
-    return _convolve(a, weight, base)
+    return convolve(a, weight, base)
 
 
 def backward(dout: Tensor, a: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Compute the gradients of a and weight from that of the result, dout (B, H, W, C)."""
-    return _convolve(dout, weight, None, flip=True), _weight_gradient(dout, a, weight)
+    return convolve(dout, weight, None, flip=True), _weight_gradient(dout, a, weight)
 
 
-def merge(
-    y: Tensor,
-    weight: Tensor,
-    a: Tensor,
-    filters: Tensor | None,
-    share: Tensor | None,
-    values: Tensor | None,
-    row: Tensor,
-    residual: Tensor,
-    gamma: Tensor | None,
-    prefix_out: Tensor | None,
-) -> Tensor:
-    """Compute `gspn2::merge`, arguments as there: the products by cuBLAS, the rest in one pass over memory."""
-    grid = y.shape[1:3]
-    patches = grid[0] * grid[1]
-    prefix = residual.shape[1] - patches
-    out = torch.empty(residual.shape, dtype=residual.dtype, device=residual.device)
-    if prefix_out is not None:
-        scaled = prefix_out if gamma is None else gamma * prefix_out
-        torch.add(residual[:, :prefix], scaled, out=out[:, :prefix])
-    base = F.linear(y.flatten(-2), weight)
-    if share is not None and values is not None:
-        base.flatten(1, 2).baddbmm_(share, values)
-    a, residual, out_patches = (t[:, prefix:].unflatten(1, grid) for t in (a, residual, out))
-    _convolve(a, filters, base, row, residual, gamma, out=out_patches)
-    return out
-
-
-def _convolve(
+def convolve(
     a: Tensor,
     weight: Tensor | None,
     base: Tensor | None,
@@ -89,6 +60,18 @@ def _convolve(
     flip: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
+    """Compute residual + gamma * (base + row + depthwise3x3(a, weight)); what is None is left out.
+
+    Args:
+        a: (B, H, W, C).
+        weight: (C, 1, 3, 3).
+        base: (B, H, W, C).
+        row: (B, C).
+        residual: (B, H, W, C).
+        gamma: (C,).
+        flip: Turn the weight by 180 degrees.
+        out: Where the result goes (B, H, W, C), in any dtype; by default a new tensor in the dtype of a.
+    """
     batch, height, width, channels = a.shape
     if out is None:
         out = torch.empty(a.shape, dtype=a.dtype, device=a.device)

@@ -1,4 +1,4 @@
-"""LayerNorm of tokens and the mean of the patches on a GPU by Triton, in one pass over memory.
+"""LayerNorm of tokens and, if wanted, the mean of the patches on a GPU by Triton, in one pass over memory.
 
 A program goes through some tokens of an image, a token for each warp at a time. A warp keeps its token in registers,
 in chunks of channels (a tuple), so that the variance is that of differences from the mean and no number is read twice,
@@ -50,22 +50,38 @@ def forward(
     Returns:
         a (B, N, C) and its mean (B, C), contiguous, in the dtype of x.
     """
+    a, shares = _run(x, weight, bias, eps, prefix, chosen or Plan())
+    return a, (x.new_zeros(x.shape[0], x.shape[2]) if shares is None else shares.sum(0).to(x.dtype))
+
+
+def norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """Compute layer_norm(x); arguments as above."""
+    return _run(x, weight, bias, eps, None, Plan())[0]
+
+
+def _run(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, prefix: int | None, chosen: Plan
+) -> tuple[Tensor, Tensor | None]:
+    """Compute layer_norm(x), and the programs' shares (programs, B, C) of the mean, None without a prefix or tokens."""
     batch, tokens, channels = x.shape
     a = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if a.numel() == 0:
-        return a, x.new_zeros(batch, channels)
-    x, chosen = by_token(x), chosen or Plan()
+        return a, None
+    x = by_token(x)
     weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
     pieces = min(triton.cdiv(chosen.programs, batch), triton.cdiv(tokens, chosen.warps))
     rows = triton.cdiv(tokens, pieces * chosen.warps) * chosen.warps
-    shares = torch.empty(triton.cdiv(tokens, rows), batch, channels, dtype=torch.float32, device=x.device)
+    programs, shares = triton.cdiv(tokens, rows), None
+    if prefix is not None:
+        shares = torch.empty(programs, batch, channels, dtype=torch.float32, device=x.device)
     # The batch stride comes in units that keep vectors aligned.
     unit = math.gcd(x.stride(0), VECTOR // x.element_size())
-    norm_kernel[(shares.shape[0] * batch,)](
-        x, weight, bias, a, shares, eps, batch, tokens, rows, prefix, x.stride(0) // unit, C=channels, SX=x.stride(1),
-        UX=unit, BM=chosen.warps, BK=_chunk(channels, x.element_size()), NS=chosen.stages, num_warps=chosen.warps,
+    norm_kernel[(programs * batch,)](
+        x, weight, bias, a, shares, eps, batch, tokens, rows, prefix or 0, x.stride(0) // unit, C=channels,
+        SX=x.stride(1), UX=unit, BM=chosen.warps, BK=_chunk(channels, x.element_size()), NS=chosen.stages,
+        num_warps=chosen.warps,
     )  # fmt: skip
-    return a, shares.sum(0).to(x.dtype)
+    return a, shares
 
 
 def _chunk(channels: int, itemsize: int) -> int:
@@ -81,7 +97,7 @@ def norm_kernel(
     x, weight, bias, a, shares, eps, B, N, rows, prefix, sxb, C: tl.constexpr, SX: tl.constexpr, UX: tl.constexpr,
     BM: tl.constexpr, BK: tl.constexpr, NS: tl.constexpr,
 ):  # fmt: skip
-    """Normalise `rows` tokens of an image, and write their share of the mean to a row of shares."""
+    """Normalise `rows` tokens of an image, and write their share of the mean to a row of shares, if there are any."""
     i = tl.program_id(0)
     # Images may lie further apart than 32 bits can tell, and so may tokens of one.
     i_b, first = (i % B).to(tl.int64), i // B * rows
@@ -103,14 +119,17 @@ def norm_kernel(
             b_a = b_a.to(a.dtype.element_ty)
             o_a = (o_row.to(tl.int64) * C)[:, None] + o_c[None, :]
             tl.store(p_a + o_a, b_a, mask=(o_row < N)[:, None] & (o_c < C)[None, :])
-            patch = ((o_row >= prefix) & (o_row < N))[:, None]
-            b_n = b_n + (b_s[k] + tl.where(patch, b_a.to(tl.float32), 0.0),)
-        b_s = b_n
-    # Of sums of none the share is 0.
-    share = 1.0 / tl.maximum(N - prefix, 1).to(tl.float32)
-    for k in tl.static_range(len(b_s)):
-        o_c = k * BK + tl.arange(0, BK)
-        tl.store(shares + i.to(tl.int64) * C + o_c, tl.sum(b_s[k], 0) * share, mask=o_c < C)
+            if shares is not None:
+                patch = ((o_row >= prefix) & (o_row < N))[:, None]
+                b_n = b_n + (b_s[k] + tl.where(patch, b_a.to(tl.float32), 0.0),)
+        if shares is not None:
+            b_s = b_n
+    if shares is not None:
+        # Of sums of none the share is 0.
+        share = 1.0 / tl.maximum(N - prefix, 1).to(tl.float32)
+        for k in tl.static_range(len(b_s)):
+            o_c = k * BK + tl.arange(0, BK)
+            tl.store(shares + i.to(tl.int64) * C + o_c, tl.sum(b_s[k], 0) * share, mask=o_c < C)
 
 
 @triton.jit

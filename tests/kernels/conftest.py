@@ -1,9 +1,13 @@
-"""Poisoned memory for every test of the operator, and the library of the ONNX op."""
+"""Poisoned memory for every test of the operator, products of bfloat16 without a GPU, and the library of the ONNX op."""
 
+import importlib
+import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -19,6 +23,28 @@ def _poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _interpreted_products() -> Iterator[None]:
+    """Mends Triton's interpreter, which keeps bfloat16 as its bits (NumPy has no such type) and multiplies those."""
+    if importlib.util.find_spec("triton") is None:
+        yield
+        return
+    interpreter = importlib.import_module("triton.runtime.interpreter")
+    product = interpreter.InterpreterBuilder.create_dot
+
+    def widened(t: Any) -> Any:
+        if t.dtype.scalar != interpreter.tl.bfloat16:
+            return t
+        return interpreter.TensorHandle((t.data.astype(np.uint32) << 16).view(np.float32), interpreter.tl.float32)
+
+    def create_dot(self: Any, a: Any, b: Any, *others: Any) -> Any:
+        return product(self, widened(a), widened(b), *others)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -3,21 +3,24 @@
 Shapes: B batch, H W grid, N = P + H W tokens, P prefix tokens, C channels, R scanned channels, S columns of the share.
 """
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from gspn2_kernels.merge import merge
+from gspn2_kernels.merge import divide, merge
 from gspn2_kernels.testing import TOLERANCES, assert_close
 
 pytest.importorskip("triton")
-kernels = pytest.importorskip("gspn2_kernels.triton_local")
+kernels = pytest.importorskip("gspn2_kernels.triton_merge")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 WIDE = ("residual", "gamma")
+LINES = (3, 7)
 # (B, H, W, C, R, S, P)
 CASES = [
     pytest.param((1, 1, 1, 8, 2, 1, 1), id="one patch"),
@@ -25,11 +28,12 @@ CASES = [
     pytest.param((1, 1, 19, 16, 4, 20, 1), id="one row, more columns of the share than a step"),
     pytest.param((2, 9, 1, 33, 3, 2, 5), id="one column"),
     pytest.param((1, 4, 4, 16, 8, 3, 0), id="no prefix"),
+    pytest.param((2, 12, 11, 136, 33, 17, 2), id="ragged tiles of the product"),
 ]
 ROUTES = pytest.mark.parametrize("route", [merge, torch.ops.gspn2.merge], ids=["function", "op"])
 
 
-def draw(shape: tuple[int, ...], dtype: torch.dtype, device: str = DEVICE) -> dict[str, Tensor | None]:
+def draw(shape: tuple[int, ...], dtype: torch.dtype, device: str = DEVICE) -> dict[str, Any]:
     """All that the op takes; nothing has mean 0, a and residual are every second row of a longer tensor."""
     batch, height, width, channels, scanned, columns, prefix = shape
     generator = torch.Generator().manual_seed(0)
@@ -43,6 +47,7 @@ def draw(shape: tuple[int, ...], dtype: torch.dtype, device: str = DEVICE) -> di
     return {
         "y": normal(batch, height, width, 4, scanned),
         "weight": normal(channels, 4 * scanned),
+        "lines": LINES,
         "a": tokens(),
         "filters": normal(channels, 1, 3, 3),
         "share": normal(batch, height * width, columns),
@@ -54,11 +59,12 @@ def draw(shape: tuple[int, ...], dtype: torch.dtype, device: str = DEVICE) -> di
     }
 
 
-def reference(drawn: dict[str, Tensor | None]) -> Tensor:
+def reference(drawn: dict[str, Any]) -> Tensor:
     """The sum of what is there, in fp64."""
-    t = {name: None if tensor is None else tensor.double() for name, tensor in drawn.items()}
+    t = {name: part.double() if isinstance(part, Tensor) else part for name, part in drawn.items()}
     grid, prefix = t["y"].shape[1:3], 0 if t["prefix_out"] is None else t["prefix_out"].shape[1]
-    out = t["y"].flatten(3).flatten(1, 2) @ t["weight"].T + t["row"][:, None]
+    lines = t["y"].new_tensor(t["lines"])[[0, 0, 1, 1], None]
+    out = (t["y"] / lines).flatten(3).flatten(1, 2) @ t["weight"].T + t["row"][:, None]
     if t["filters"] is not None:
         patches = t["a"][:, prefix:].unflatten(1, grid).permute(0, 3, 1, 2)
         out = out + F.conv2d(patches, t["filters"], padding=1, groups=len(t["filters"])).flatten(2).mT
@@ -162,7 +168,7 @@ def test_autocast_casts_all_but_the_stream(route, dtype: torch.dtype) -> None:
     drawn = draw((1, 2, 3, 8, 2, 2, 1), torch.float32)
     with torch.autocast(DEVICE, dtype):
         actual = route(*drawn.values())
-    cast = [t if name in WIDE else t.to(dtype) for name, t in drawn.items()]
+    cast = [t if name in (*WIDE, "lines") else t.to(dtype) for name, t in drawn.items()]
     assert actual.dtype == torch.float32
     assert torch.equal(route(*cast), actual)
 
@@ -171,6 +177,7 @@ BAD = [
     ("y", lambda t: t[0], r"y has shape \(3, 5, 4, 2\), expected \(B, H, W, 4, R\)"),
     ("y", lambda t: t.int(), r"y has dtype torch.int32, expected one of torch.float64, "),
     ("weight", lambda t: t[:, :5], r"weight has shape \(8, 5\), expected \(C, 4 R\) = \(8, 8\)"),
+    ("lines", lambda t: t[:1], r"lines are \(3,\), expected two numbers"),
     ("a", lambda t: t[:, 1:], r"a has shape \(2, 15, 8\), expected \(B, N, C\) = \(2, 16, 8\)"),
     ("filters", lambda t: t.half(), r"filters of shape \(8, 1, 3, 3\) has dtype torch.float16, expected torch.float32"),
     ("share", lambda t: t[:, 1:], r"share has shape \(2, 14, 3\), expected \(B, H W, S\) = \(2, 15, 3\)"),
@@ -189,6 +196,15 @@ def test_bad_inputs_are_named(route, name: str, edit, message: str) -> None:
     drawn[name] = edit(drawn[name])
     with pytest.raises(ValueError, match=message):
         route(*drawn.values())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_weights_are_divided_and_rounded_once(dtype: torch.dtype) -> None:
+    """259 lines are 260 in bfloat16."""
+    weight = torch.randn(6, 20).to(dtype)
+    vertical, horizontal = weight.float().chunk(2, 1)
+    expected = torch.cat([vertical / 259, horizontal / 1027], 1).to(dtype)
+    assert torch.equal(divide(weight, (259, 1027)), expected)
 
 
 @ROUTES

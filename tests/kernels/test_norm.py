@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gspn2_kernels.norm import norm_mean
+from gspn2_kernels.norm import layer_norm, norm_mean
 from gspn2_kernels.testing import TOLERANCES, assert_close
 
 pytest.importorskip("triton")
@@ -72,6 +72,16 @@ def check(
 def test_kernel_is_norm_and_mean(shape, prefix: int, dtype: torch.dtype) -> None:
     inputs = draw(shape, dtype)
     check(inputs, prefix, kernels.forward(*inputs, prefix))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("shape", "prefix"), [*CASES, ((0, 5, 24), 0), ((2, 0, 24), 0)])
+def test_norm_alone_is_that_of_norm_and_mean(shape, prefix: int, dtype: torch.dtype) -> None:
+    inputs = draw(shape, dtype)
+    expected, _ = kernels.forward(*inputs, prefix)
+    assert torch.equal(kernels.norm(*inputs), expected)
+    assert torch.equal(torch.ops.gspn2.layer_norm(*inputs), expected)
+    assert_close("function", reference(*inputs, prefix)[0], layer_norm(*inputs))
 
 
 # The mean itself has a rounding error, of half a unit in the last place at least, beside a deviation of 1: in fp32 of
@@ -202,6 +212,7 @@ def test_opcheck() -> None:
     inputs = draw((2, 3, 24), torch.float32)
     torch.library.opcheck(torch.ops.gspn2.norm_mean.default, (*inputs, 1))
     torch.library.opcheck(torch.ops.gspn2.norm_mean.default, (inputs[0], None, None, EPS, 0))
+    torch.library.opcheck(torch.ops.gspn2.layer_norm.default, inputs)
 
 
 @ROUTES
