@@ -24,8 +24,10 @@ from torch import Tensor
 from gspn2_kernels.memory import by_token
 from gspn2_kernels.triton_fold import SIDE, block, fold, project
 
-# Bytes of a lane, most columns of the gate in a program unless one head has more, tiles that are joined at once.
-VECTOR, COLUMNS, TILES = 16, 128, 16
+# Bytes of a lane, and most columns of the gate in a program unless one head has more.
+VECTOR, COLUMNS = 16, 128
+# Tiles that are compared at once, those that are joined at once, and how often those are under way.
+COMPARED, JOINED, AHEAD = 256, 16, 4
 LOG2_E: tl.constexpr = tl.constexpr(math.log2(math.e))
 _RUNTIME = ("N", "T", "sxb")
 
@@ -86,7 +88,7 @@ def _pool(x: Tensor, vectors: Tensor, level: Tensor, log_sum_bias: Tensor, share
     pooled = x.new_empty(batch, columns, channels)
     piece = block(channels, 128)
     combine_kernel[(batch * columns * triton.cdiv(channels, piece),)](
-        parts, top, total, pooled, tiles, C=channels, K=columns, BT=TILES, BC=piece, num_warps=4
+        parts, top, total, pooled, tiles, C=channels, K=columns, BA=COMPARED, BT=JOINED, BC=piece, NS=AHEAD, num_warps=4
     )
     return pooled
 
@@ -178,18 +180,21 @@ def _store_share(
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
-def combine_kernel(parts, top, total, pooled, T, C: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):
+def combine_kernel(
+    parts, top, total, pooled, T, C: tl.constexpr, K: tl.constexpr, BA: tl.constexpr, BT: tl.constexpr,
+    BC: tl.constexpr, NS: tl.constexpr,
+):  # fmt: skip
     """Join what the tiles of an image pooled for one of its K columns."""
     o_c = tl.program_id(0) % tl.cdiv(C, BC) * BC + tl.arange(0, BC)
     i = (tl.program_id(0) // tl.cdiv(C, BC)).to(tl.int64)
     i_k = i // K * T * K + i % K
-    b_top = tl.full((BT,), float("-inf"), tl.float32)
-    for t in range(0, T, BT):
-        o_t = t + tl.arange(0, BT)
+    b_top = tl.full((BA,), float("-inf"), tl.float32)
+    for t in range(0, T, BA):
+        o_t = t + tl.arange(0, BA)
         b_top = tl.maximum(b_top, tl.load(top + i_k + o_t * K, mask=o_t < T, other=float("-inf")))
     highest = tl.max(b_top, 0)
     b_total, b_p = tl.zeros((BT,), tl.float32), tl.zeros((BT, BC), tl.float32)
-    for t in range(0, T, BT):
+    for t in tl.range(0, T, BT, num_stages=NS):
         o_t = t + tl.arange(0, BT)
         o_k = i_k + o_t * K
         b_w = tl.exp2(tl.load(top + o_k, mask=o_t < T, other=float("-inf")) - highest)
