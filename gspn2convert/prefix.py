@@ -68,6 +68,7 @@ class PrefixRead(nn.Module):
             return self._read(x, prefix, None), None, None
         projected = _by_rows(self.qkv, x[:, :prefix])
         folds = isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity)
+        # All that follows is small, and launches of its own would take longer than what they do.
         if folds and self.exact and self.log_sum is not None and by_triton(x) and not torch.is_grad_enabled():
             weights = (self.qkv.weight, self.qkv.bias, self.proj.weight, self.log_sum.weight, self.log_sum.bias)
             inner, share, values = read_prefix(x, projected, *weights, self.num_heads, self.scale)

@@ -95,6 +95,8 @@ def _pool(x: Tensor, vectors: Tensor, level: Tensor, log_sum_bias: Tensor, share
 
 def _plan(x: Tensor, prefix: int, heads: int) -> Plan:
     """Choose what registers have room for, where products of fp32 keep all they multiply."""
+    if prefix >= COLUMNS:
+        return Plan(16, 16, 8, 1)
     if x.dtype == torch.float32:
         return Plan(32, 32, 8, 2)
     return Plan(64, 64, 8, 4) if math.prod(_group(prefix, heads)) > 32 else Plan(128, 64, 4, 4)
