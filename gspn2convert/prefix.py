@@ -15,6 +15,9 @@ import torch.nn.functional as F
 from timm.layers import Attention
 from torch import Tensor, nn
 
+from gspn2_kernels import read_prefix
+from gspn2_kernels.operands import by_triton
+
 
 class PrefixRead(nn.Module):
     """What prefix tokens read from all tokens, and what patches read from the prefix tokens.
@@ -64,8 +67,13 @@ class PrefixRead(nn.Module):
         if not self.exact and self.log_sum is None:
             return self._read(x, prefix, None), None, None
         projected = _by_rows(self.qkv, x[:, :prefix])
-        query, key, value = projected.unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)
         folds = isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity)
+        # All that follows is small, and launches of its own would take longer than what they do.
+        if folds and self.exact and self.log_sum is not None and by_triton(x) and not torch.is_grad_enabled():
+            weights = (self.qkv.weight, self.qkv.bias, self.proj.weight, self.log_sum.weight, self.log_sum.bias)
+            inner, share, values = read_prefix(x, projected, *weights, self.num_heads, self.scale)
+            return _by_rows(self.proj, inner), share, values
+        query, key, value = projected.unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)
         read, gate = self._folded_scores(x, query, key) if folds else self._scores(x, query)
         out = self._read(x, prefix, read)
         if gate is None:

@@ -1,9 +1,10 @@
-"""The operators of a GSPN-2 mixer: the line scan and the local part, as torch ops with backends."""
+"""The operators of a GSPN-2 mixer: the line scan and the parts around it, as torch ops with backends."""
 
 from gspn2_kernels.line_scan import backend, line_scan, register_backend
 from gspn2_kernels.local import local_perception
 from gspn2_kernels.merge import divide, merge
 from gspn2_kernels.norm import layer_norm, norm_mean
+from gspn2_kernels.prefix import read_prefix
 from gspn2_kernels.reference import line_scan_ref
 
 __all__ = [
@@ -15,5 +16,6 @@ __all__ = [
     "local_perception",
     "merge",
     "norm_mean",
+    "read_prefix",
     "register_backend",
 ]

@@ -1,0 +1,207 @@
+"""What prefix tokens and patches read from each other on a GPU by Triton, in four launches.
+
+Only P queries and keys exist, so all scores are products of tokens with vectors that depend on the prefix tokens alone.
+`fold` makes these and the values. A program of `read` scores a tile of tokens, writes how much each patch takes, and
+pools the tokens by the weights that prefix tokens give them: softmaxes within the tile, which `combine` joins, as
+flash-decoding does. `project` takes the values of what was pooled. Sums always have the same order.
+
+Shapes: B batch, N tokens, P prefix tokens, C channels, h heads, S columns of the share, T tiles of tokens. A column of
+scores is a head and a prefix token; a program has those of HG heads by PG (gate) or PR (read) places for prefix tokens,
+the places of a head side by side.
+"""
+
+# What kernels take are pointers, blocks and constants, of which only the last have types.
+# mypy: disable-error-code="no-untyped-def"
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gspn2_kernels.memory import by_token
+from gspn2_kernels.triton_fold import SIDE, block, fold, project
+
+# Bytes of a lane, and most columns of the gate in a program unless one head has more.
+VECTOR, COLUMNS = 16, 128
+# Tiles that are compared at once, those that are joined at once, and how often those are under way.
+COMPARED, JOINED, AHEAD = 256, 16, 4
+LOG2_E: tl.constexpr = tl.constexpr(math.log2(math.e))
+_RUNTIME = ("N", "T", "sxb")
+
+
+class Plan(NamedTuple):
+    """Tokens and channels of a tile, warps of a program and tiles of channels under way."""
+
+    tokens: int
+    channels: int
+    warps: int
+    stages: int
+
+
+def forward(
+    x: Tensor,
+    projected: Tensor,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor | None,
+    proj_weight: Tensor,
+    log_sum_weight: Tensor,
+    log_sum_bias: Tensor,
+    heads: int,
+    scale: float,
+    columns: int,
+    *,
+    chosen: Plan | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute `gspn2::read_prefix`, arguments as there.
+
+    `columns` is S, at most 7 more than (P + 1) h; `chosen` are the constants of the pass over the tokens.
+    """
+    batch, tokens, channels = x.shape
+    prefix, width = projected.shape[1:]
+    share = x.new_empty(batch, tokens - prefix, columns)
+    if x.numel() == 0:
+        return x.new_empty(batch, prefix, width // 3), share, x.new_empty(batch, columns, channels)
+    vectors, level, values = fold(projected, qkv_weight, qkv_bias, proj_weight, log_sum_weight, heads, scale, columns)
+    pooled = _pool(by_token(x), vectors, level, log_sum_bias.contiguous(), share, chosen or _plan(x, prefix, heads))
+    return project(pooled, qkv_weight, qkv_bias, heads), share, values
+
+
+def _pool(x: Tensor, vectors: Tensor, level: Tensor, log_sum_bias: Tensor, share: Tensor, chosen: Plan) -> Tensor:
+    """Write the share, and pool the tokens for each prefix token and head (B, P h, C)."""
+    batch, tokens, channels = x.shape
+    tiles, columns, heads = triton.cdiv(tokens, chosen.tokens), level.shape[1], len(log_sum_bias)
+    prefix = columns // heads
+    places, group = _group(prefix, heads)
+    parts = torch.empty(batch, tiles, columns, channels, dtype=torch.float32, device=x.device)
+    top, total = torch.empty(2, batch, tiles, columns, dtype=torch.float32, device=x.device)
+    # The batch stride comes in units that keep vectors aligned.
+    unit = math.gcd(x.stride(0), VECTOR // x.element_size())
+    read_kernel[(batch * tiles * triton.cdiv(heads, group),)](
+        x, vectors, level, log_sum_bias, share, parts, top, total, tokens, tiles, x.stride(0) // unit, C=channels,
+        H=heads, P=prefix, S=share.shape[2], SX=x.stride(1), UX=unit, BM=chosen.tokens,
+        BC=block(channels, chosen.channels), HG=group, PG=triton.next_power_of_2(prefix + 1), PR=places,
+        NS=chosen.stages, num_warps=chosen.warps,
+    )  # fmt: skip
+    pooled = x.new_empty(batch, columns, channels)
+    piece = block(channels, 128)
+    combine_kernel[(batch * columns * triton.cdiv(channels, piece),)](
+        parts, top, total, pooled, tiles, C=channels, K=columns, BA=COMPARED, BT=JOINED, BC=piece, NS=AHEAD, num_warps=4
+    )
+    return pooled
+
+
+def _plan(x: Tensor, prefix: int, heads: int) -> Plan:
+    """Choose what registers have room for, where products of fp32 keep all they multiply."""
+    if prefix >= COLUMNS:
+        return Plan(16, 16, 8, 1)
+    if x.dtype == torch.float32:
+        return Plan(32, 32, 8, 2)
+    return Plan(64, 64, 8, 4) if math.prod(_group(prefix, heads)) > 32 else Plan(128, 64, 4, 4)
+
+
+def _group(prefix: int, heads: int) -> tuple[int, int]:
+    """Choose the places for the prefix tokens of a head, and how many heads a program takes."""
+    places = triton.next_power_of_2(prefix)
+    most = max(COLUMNS // triton.next_power_of_2(prefix + 1), 1)
+    return places, max(min(triton.next_power_of_2(heads), most), SIDE // places)
+
+
+@triton.jit(do_not_specialize=_RUNTIME)
+def read_kernel(
+    x, vectors, level, log_sum_bias, share, parts, top, total, N, T, sxb, C: tl.constexpr, H: tl.constexpr,
+    P: tl.constexpr, S: tl.constexpr, SX: tl.constexpr, UX: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
+    HG: tl.constexpr, PG: tl.constexpr, PR: tl.constexpr, NS: tl.constexpr,
+):  # fmt: skip
+    """Score a tile of tokens for some heads: write its share, and pool it for the prefix tokens."""
+    i_g, i = tl.program_id(0) % tl.cdiv(H, HG), tl.program_id(0) // tl.cdiv(H, HG)
+    # Images may lie further apart than 32 bits can tell, and so may tokens of one.
+    i_b, o_m = (i // T).to(tl.int64), i % T * BM + tl.arange(0, BM)
+    p_x = x + i_b * sxb * UX + (o_m.to(tl.int64) * SX)[:, None]
+    p_v = vectors + i_b * ((2 * P + 1) * H * C)
+    row_g, there_g = _columns(i_g, P + 1, H, HG, PG)
+    row_r, there_r = _columns(i_g, P, H, HG, PR)
+    b_g, b_r = tl.zeros((BM, HG * PG), tl.float32), tl.zeros((BM, HG * PR), tl.float32)
+    for k in tl.range(0, C, BC, num_stages=NS):
+        o_c = k + tl.arange(0, BC)
+        b_x = tl.load(p_x + o_c[None, :], mask=(o_m < N)[:, None] & (o_c < C)[None, :], other=0.0)
+        b_g = _score(b_g, b_x, p_v, row_g, there_g, o_c, C)
+        b_r = _score(b_r, b_x, p_v, (P + 1) * H + row_r, there_r, o_c, C)
+    b_g += tl.load(level + i_b * (P * H) + row_g, mask=there_g & (row_g < P * H), other=0.0)[None, :]
+    b_g += tl.load(log_sum_bias + row_g - P * H, mask=there_g & (row_g >= P * H), other=0.0).to(tl.float32)[None, :]
+    _store_share(share, b_g, i_g, i_b, o_m, N, H, P, S, BM, HG, PG)
+    b_r = tl.where((o_m < N)[:, None], b_r * LOG2_E, float("-inf"))
+    b_top = tl.max(b_r, 0)
+    # The sum is that of the rounded weights, so that they are a mean of the tokens, whatever those have in common.
+    b_w = tl.exp2(b_r - b_top[None, :]).to(x.dtype.element_ty)
+    o_r = i.to(tl.int64) * (P * H) + row_r
+    tl.store(top + o_r, b_top, mask=there_r)
+    tl.store(total + o_r, tl.sum(b_w.to(tl.float32), 0), mask=there_r)
+    for k in tl.range(0, C, BC, num_stages=NS):
+        o_c = k + tl.arange(0, BC)
+        b_x = tl.load(p_x + o_c[None, :], mask=(o_m < N)[:, None] & (o_c < C)[None, :], other=0.0)
+        b_p = tl.dot(tl.trans(b_x), b_w, input_precision="ieee")
+        tl.store(parts + (o_r * C)[None, :] + o_c[:, None], b_p, mask=there_r[None, :] & (o_c < C)[:, None])
+
+
+@triton.jit
+def _columns(i_g, P: tl.constexpr, H: tl.constexpr, HG: tl.constexpr, PG: tl.constexpr):
+    """Tell the row p h + head of each column of a program, and whether there is one."""
+    o_k = tl.arange(0, HG * PG)
+    i_p, i_h = o_k % PG, i_g * HG + o_k // PG
+    return i_p * H + i_h, (i_p < P) & (i_h < H)
+
+
+@triton.jit
+def _score(b_s, b_x, p_v, row, there, o_c, C: tl.constexpr):
+    """Add to scores what some channels bring."""
+    b_v = tl.load(p_v + (row * C)[:, None] + o_c[None, :], mask=there[:, None] & (o_c < C)[None, :], other=0.0)
+    return tl.dot(b_x, tl.trans(b_v), b_s, input_precision="ieee")
+
+
+@triton.jit
+def _store_share(
+    share, b_g, i_g, i_b, o_m, N, H: tl.constexpr, P: tl.constexpr, S: tl.constexpr, BM: tl.constexpr,
+    HG: tl.constexpr, PG: tl.constexpr,
+):  # fmt: skip
+    """Write the softmax of each head's scores over the prefix tokens and the mass."""
+    o_p, o_h = tl.arange(0, PG)[None, None, :], i_g * HG + tl.arange(0, HG)[None, :, None]
+    b_g = tl.where(o_p <= P, tl.reshape(b_g, (BM, HG, PG)) * LOG2_E, float("-inf"))
+    b_g = tl.exp2(b_g - tl.max(b_g, 2)[:, :, None])
+    b_g = (b_g / tl.sum(b_g, 2)[:, :, None]).to(share.dtype.element_ty)
+    patch = (o_m >= P) & (o_m < N)
+    o_s = (i_b * (N - P) + o_m - P) * S
+    tl.store(share + o_s[:, None, None] + o_p * H + o_h, b_g, mask=patch[:, None, None] & (o_p <= P) & (o_h < H))
+    if S > (P + 1) * H:
+        # Columns that fill up, fewer than eight.
+        o_k = (P + 1) * H + tl.arange(0, 8)
+        nothing = tl.zeros((BM, 8), share.dtype.element_ty)
+        tl.store(share + o_s[:, None] + o_k[None, :], nothing, mask=patch[:, None] & (o_k < S)[None, :] & (i_g == 0))
+
+
+@triton.jit(do_not_specialize=_RUNTIME)
+def combine_kernel(
+    parts, top, total, pooled, T, C: tl.constexpr, K: tl.constexpr, BA: tl.constexpr, BT: tl.constexpr,
+    BC: tl.constexpr, NS: tl.constexpr,
+):  # fmt: skip
+    """Join what the tiles of an image pooled for one of its K columns."""
+    o_c = tl.program_id(0) % tl.cdiv(C, BC) * BC + tl.arange(0, BC)
+    i = (tl.program_id(0) // tl.cdiv(C, BC)).to(tl.int64)
+    i_k = i // K * T * K + i % K
+    b_top = tl.full((BA,), float("-inf"), tl.float32)
+    for t in range(0, T, BA):
+        o_t = t + tl.arange(0, BA)
+        b_top = tl.maximum(b_top, tl.load(top + i_k + o_t * K, mask=o_t < T, other=float("-inf")))
+    highest = tl.max(b_top, 0)
+    b_total, b_p = tl.zeros((BT,), tl.float32), tl.zeros((BT, BC), tl.float32)
+    for t in tl.range(0, T, BT, num_stages=NS):
+        o_t = t + tl.arange(0, BT)
+        o_k = i_k + o_t * K
+        b_w = tl.exp2(tl.load(top + o_k, mask=o_t < T, other=float("-inf")) - highest)
+        b_total += b_w * tl.load(total + o_k, mask=o_t < T, other=0.0)
+        there = (o_t < T)[:, None] & (o_c < C)[None, :]
+        b_p += b_w[:, None] * tl.load(parts + (o_k * C)[:, None] + o_c[None, :], mask=there, other=0.0)
+    b_p = tl.sum(b_p, 0) / tl.sum(b_total, 0)
+    tl.store(pooled + i * C + o_c, b_p.to(pooled.dtype.element_ty), mask=o_c < C)

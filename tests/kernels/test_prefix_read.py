@@ -1,0 +1,295 @@
+"""The reading of prefix tokens and patches against fp64: the kernels, in the interpreter or on a GPU, the op.
+
+Shapes: B batch, N tokens, P prefix tokens, C channels, h heads, d head dimension, S columns of the share.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from timm.layers import Attention
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from gspn2_kernels.prefix import read_prefix
+from gspn2_kernels.testing import TOLERANCES, assert_close
+from gspn2convert import prefix as toolkit
+
+pytest.importorskip("triton")
+kernels = pytest.importorskip("gspn2_kernels.triton_prefix")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Triton's interpreter multiplies the bits of bf16 as if they were integers.
+DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
+NAMES = ("read", "share", "values")
+# (B, N, C, h, d, P); a tile holds 32, 64 or 128 tokens and up to 64 channels.
+CASES = [
+    pytest.param((2, 35, 24, 3, 8, 1), id="three heads of 8"),
+    pytest.param((1, 131, 144, 2, 72, 2), id="heads of 72, two tiles"),
+    pytest.param((2, 70, 40, 4, 10, 5), id="five prefix tokens"),
+    pytest.param((1, 9, 20, 1, 20, 1), id="one head, columns that fill up"),
+    pytest.param((2, 4, 16, 2, 8, 3), id="one patch"),
+    pytest.param((1, 128, 16, 17, 4, 9), id="two groups of heads, wider than the tokens, a full tile"),
+    pytest.param((3, 12, 48, 6, 8, 12), id="no patches, more rows than a tile"),
+    pytest.param((1, 140, 16, 1, 16, 130), id="more prefix tokens than columns of a program"),
+]
+ROUTES = pytest.mark.parametrize("route", [read_prefix, torch.ops.gspn2.read_prefix], ids=["function", "op"])
+
+
+def draw(shape: tuple[int, ...], dtype: torch.dtype, shift: float = 0.5, size: float = 1.0) -> dict:
+    """All that the op takes: x with the mean `shift`, scores of about `size`, biases that are not 0."""
+    batch, tokens, channels, heads, dim, prefix = shape
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*size: int, scale: float = 1.0) -> Tensor:
+        return (scale * torch.randn(size, generator=generator, dtype=torch.float64)).to(DEVICE, dtype)
+
+    x = normal(batch, tokens, channels) + shift
+    width = heads * dim
+    qkv_weight, qkv_bias = normal(3 * width, channels, scale=channels**-0.5), normal(3 * width)
+    projected = F.linear(x[:, :prefix].double(), qkv_weight.double(), qkv_bias.double())
+    projected[..., : 2 * width] *= size
+    return {
+        "x": x,
+        "projected": projected.to(dtype),
+        "qkv_weight": qkv_weight,
+        "qkv_bias": qkv_bias,
+        "proj_weight": normal(channels, width, scale=width**-0.5),
+        "log_sum_weight": normal(heads, channels, scale=channels**-0.5),
+        "log_sum_bias": normal(heads),
+        "heads": heads,
+        "scale": dim**-0.5,
+    }
+
+
+def reference(drawn: dict) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute in fp64, rounded nowhere, with a query, key and value of every token."""
+    t = {name: value.double() if isinstance(value, Tensor) else value for name, value in drawn.items()}
+    heads, prefix = t["heads"], t["projected"].shape[1]
+
+    def of_heads(projected: Tensor) -> tuple[Tensor, ...]:
+        return projected.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+
+    q, k, v = of_heads(F.linear(t["x"], t["qkv_weight"], t["qkv_bias"]))
+    query, key, value = of_heads(t["projected"])
+    read = ((t["scale"] * query @ k.mT).softmax(-1) @ v).transpose(1, 2).flatten(2)
+    gate = t["scale"] * q[:, :, prefix:] @ key.mT
+    mass = F.linear(t["x"][:, prefix:], t["log_sum_weight"], t["log_sum_bias"])
+    share = torch.cat([gate, mass.mT.unsqueeze(-1)], -1).softmax(-1).permute(0, 2, 3, 1).flatten(2)
+    values = torch.einsum("bhpd,chd->bphc", value, t["proj_weight"].unflatten(1, (heads, -1))).flatten(1, 2)
+    columns = share.shape[2] + -share.shape[2] % 8
+    return read, F.pad(share, (0, columns - share.shape[2])), F.pad(values, (0, 0, 0, columns - values.shape[1]))
+
+
+def run(drawn: dict, **options) -> tuple[Tensor, Tensor, Tensor]:
+    columns = ((drawn["projected"].shape[1] + 1) * drawn["heads"] + 7) // 8 * 8
+    return kernels.forward(**drawn, columns=columns, **options)
+
+
+def check(drawn: dict, actual: tuple[Tensor, ...], tolerance: float | None = None) -> None:
+    """Compare with fp64: beside each result the vectors are rounded, and a softmax passes on what its scores got."""
+    for name, ref, out in zip(NAMES, reference(drawn), actual, strict=True):
+        assert (out.dtype, out.is_contiguous()) == (drawn["x"].dtype, True)
+        assert_close(name, ref, out, tolerance or 2 * TOLERANCES[out.dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", CASES)
+def test_kernels_read_both_ways(shape, dtype: torch.dtype) -> None:
+    drawn = draw(shape, dtype)
+    actual, first = run(drawn), shape[5] * shape[3]
+    check(drawn, actual)
+    assert not actual[1][..., first + shape[3] :].any()
+    assert not actual[2][:, first:].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bias_of_queries_and_values_may_be_missing(dtype: torch.dtype) -> None:
+    drawn = draw((2, 35, 24, 3, 8, 2), dtype) | {"qkv_bias": None}
+    check(drawn, run(drawn))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_tokens_far_from_zero(dtype: torch.dtype) -> None:
+    drawn = draw((2, 150, 48, 3, 16, 1), dtype, shift=8)
+    check(drawn, run(drawn))
+
+
+def test_large_scores_overflow_nowhere() -> None:
+    """Scores of hundreds, of either sign, in every tile another greatest one."""
+    drawn = draw((2, 150, 48, 3, 16, 2), torch.float32, size=200)
+    query = drawn["projected"][..., :48].unflatten(2, (3, 16))
+    keys = F.linear(drawn["x"], drawn["qkv_weight"][48:96]).unflatten(2, (3, 16))
+    scores = torch.einsum("bphd,bnhd->bphn", query, keys) * drawn["scale"]
+    assert (scores.amax(-1) > 200).all()
+    assert (scores.amin(-1) < -200).all()
+    # A score of 500 in fp32 is off by some 3e-5.
+    check(drawn, run(drawn), 1e-4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_large_scores_of_two_bytes_stay_finite(dtype: torch.dtype) -> None:
+    for out in run(draw((2, 150, 48, 3, 16, 2), dtype, size=200)):
+        assert out.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda t: t.repeat(1, 2, 1)[:, ::2],
+        lambda t: t.transpose(0, 1).contiguous().transpose(0, 1),
+        lambda t: t.transpose(1, 2).contiguous().transpose(1, 2),
+        lambda t: F.pad(t, (1, 2))[..., 1:-2],
+        lambda t: t[:1].expand(2, -1, -1),
+    ],
+    ids=["every second token", "tokens first", "channels apart", "part of the channels", "one image for all"],
+)
+def test_layouts_of_x(view) -> None:
+    drawn = draw((2, 35, 24, 3, 8, 1), torch.float16)
+    drawn["x"] = view(drawn["x"])
+    assert not drawn["x"].is_contiguous()
+    check(drawn, run(drawn))
+
+
+def test_layouts_of_the_rest() -> None:
+    drawn = draw((2, 35, 24, 3, 8, 2), torch.float32)
+    apart = {name: t.repeat_interleave(2, -1)[..., ::2] for name, t in drawn.items() if isinstance(t, Tensor)}
+    assert not any(t.is_contiguous() for t in apart.values())
+    for expected, actual in zip(run(drawn), run(drawn | apart), strict=True):
+        assert torch.equal(expected, actual)
+
+
+@pytest.mark.parametrize("options", [(32, 128, 8, 3), (16, 16, 4, 2)], ids=str)
+def test_any_tile_will_do(options: tuple[int, ...]) -> None:
+    drawn = draw((2, 300, 144, 2, 72, 2), torch.float16)
+    check(drawn, run(drawn, chosen=kernels.Plan(*options)))
+
+
+def test_poison_in_other_images_stays_there() -> None:
+    drawn = draw((3, 70, 24, 3, 8, 2), torch.float16)
+    expected = run(drawn)
+    drawn["x"][::2] = float("nan")
+    drawn["projected"][::2] = float("nan")
+    for before, after in zip(expected, run(drawn), strict=True):
+        assert torch.equal(before[1], after[1])
+
+
+def test_two_runs_give_equal_bits() -> None:
+    drawn = draw((2, 150, 40, 4, 10, 2), torch.float16)
+    assert all(torch.equal(*pair) for pair in zip(run(drawn), run(drawn), strict=True))
+
+
+def test_no_images() -> None:
+    drawn = draw((0, 35, 24, 3, 8, 1), torch.float16)
+    for out in (run(drawn), read_prefix(**drawn)):
+        assert [tuple(t.shape) for t in out] == [(0, 1, 24), (0, 34, 8), (0, 8, 24)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [(4, 4097, 768, 12, 64, 1), (64, 197, 768, 12, 64, 1), (2, 1374, 1024, 16, 64, 5), (2, 730, 1152, 16, 72, 1)],
+    ids=str,
+)
+def test_kernels_on_tokens_of_real_models(shape, dtype: torch.dtype) -> None:
+    drawn = draw(shape, dtype)
+    check(drawn, read_prefix(**drawn))
+    assert all(torch.equal(*pair) for pair in zip(read_prefix(**drawn), read_prefix(**drawn), strict=True))
+
+
+def prefix_read(dtype: torch.dtype, channels: int, heads: int) -> toolkit.PrefixRead:
+    torch.manual_seed(0)
+    read = toolkit.PrefixRead(Attention(channels, heads, qkv_bias=True), exact=True, gate=True)
+    for parameter in read.requires_grad_(False).parameters():
+        parameter.normal_(0, channels**-0.5)
+    return read.to(DEVICE, dtype)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        ((2, 35, 24, 3, 2), torch.float32),
+        pytest.param((4, 1025, 768, 12, 1), torch.bfloat16, marks=pytest.mark.gpu),
+        pytest.param((2, 1374, 1024, 16, 5), torch.bfloat16, marks=pytest.mark.gpu),
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_module_gives_the_same_without_the_op(shape, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch, tokens, channels, heads, prefix = shape
+    read = prefix_read(dtype, channels, heads)
+    x = torch.randn(batch, tokens, channels, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype) + 0.5
+    runs = []
+    for fused in (False, True):
+        monkeypatch.setattr(toolkit, "by_triton", lambda _, fused=fused: fused)
+        runs.append(read(x, prefix))
+    # Plain torch has no columns that fill up, and rounds scores and weights as well.
+    parts = [(out, share @ values) for out, share, values in runs]
+    for name, expected, actual in zip(("read", "gated"), *parts, strict=True):
+        assert_close(name, expected, actual, 4 * TOLERANCES[dtype])
+
+
+def test_module_leaves_gradients_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(toolkit, "by_triton", lambda _: True)
+    read = prefix_read(torch.float32, 24, 3).requires_grad_()
+    assert all(out.requires_grad for out in read(torch.randn(2, 9, 24, device=DEVICE), 1))
+
+
+def test_opcheck() -> None:
+    drawn = draw((2, 9, 24, 3, 8, 2), torch.float32)
+    for arguments in (drawn, drawn | {"qkv_bias": None}):
+        torch.library.opcheck(torch.ops.gspn2.read_prefix.default, tuple(arguments.values()))
+
+
+@ROUTES
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_autocast_casts_all(route, dtype: torch.dtype) -> None:
+    drawn = draw((2, 9, 24, 3, 8, 1), torch.float32)
+    with torch.autocast(DEVICE, dtype):
+        actual = route(*drawn.values())
+    cast = [t.to(dtype) if isinstance(t, Tensor) else t for t in drawn.values()]
+    assert all(torch.equal(*pair) for pair in zip(route(*cast), actual, strict=True))
+
+
+def test_compiles_as_one_graph() -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *t: read_prefix(*t), fullgraph=True, dynamic=True, backend="aot_eager")
+    for tokens in (7, 11):
+        drawn = draw((2, tokens, 24, 3, 8, 1), torch.float32)
+        check(drawn, compiled(*drawn.values()))
+
+
+@ROUTES
+def test_flops_are_those_of_its_products(route) -> None:
+    drawn = draw((2, 9, 24, 3, 8, 2), torch.float32)
+    with FlopCounterMode(display=False) as counter:
+        route(*drawn.values())
+    scores, pooled, folds = 9 * 24 * (3 + 2) * 3, 9 * 24 * 2 * 3, 2 * 24 * 24
+    assert counter.get_total_flops() == 2 * 2 * (scores + pooled + 4 * folds)
+
+
+BAD = [
+    ("x", lambda t: t[0], r"x has shape \(9, 24\), expected \(B, N, C\)"),
+    ("x", lambda t: t.double(), r"x has dtype torch.float64, for which there is no kernel"),
+    ("x", lambda t: t[:, :1], r"projected has 2 prefix tokens, expected 1 to 1, the number of tokens"),
+    ("projected", lambda t: t[:, 0], r"projected has shape \(2, 72\), expected \(B, P, 3 h d\)"),
+    ("projected", lambda t: t[:1], r"projected has shape \(1, 2, 72\), expected \(B, P, 3 h d\) = \(2, 2, 72\)"),
+    ("projected", lambda t: t[:, :0], r"projected has 0 prefix tokens, expected 1 to 9, the number of tokens"),
+    ("projected", lambda t: t.half(), r"projected of shape \(2, 2, 72\) has dtype torch.float16, expected torch.fl"),
+    ("qkv_weight", lambda t: t[:24], r"qkv_weight has shape \(24, 24\), expected \(3 h d, C\) = \(72, 24\)"),
+    ("qkv_bias", lambda t: t[:24], r"qkv_bias has shape \(24,\), expected \(3 h d,\) = \(72,\)"),
+    ("proj_weight", lambda t: t[:8], r"proj_weight has shape \(8, 24\), expected \(C, h d\) = \(24, 24\)"),
+    ("log_sum_weight", lambda t: t[:2], r"log_sum_weight has shape \(2, 24\), expected \(h, C\) = \(3, 24\)"),
+    ("log_sum_bias", lambda t: t.to("meta"), r"log_sum_bias of shape \(3,\) is on meta, expected "),
+    ("heads", lambda _: 5, r"heads is 5, expected a divisor of a third of 72, the last size of projected"),
+    ("heads", lambda _: 0, r"heads is 0, expected a divisor of a third of 72, the last size of projected"),
+]
+
+
+@ROUTES
+@pytest.mark.parametrize(("name", "edit", "message"), BAD)
+def test_bad_inputs_are_named(route, name: str, edit, message: str) -> None:
+    drawn = draw((2, 9, 24, 3, 8, 2), torch.float32)
+    drawn[name] = edit(drawn[name])
+    with pytest.raises(ValueError, match=message):
+        route(*drawn.values())
