@@ -184,7 +184,7 @@ class Gspn2Mixer(nn.Module):
         scan = DIRECTIONS * self.proxy_dim
         # A product for each part: results are contiguous, and no gradient has to be copied into that of a whole.
         lam, u = (F.linear(source, weight[i : i + scan], bias[i : i + scan]) for i in (0, scan))
-        # A fourth logit, whatever it is, after every three: kernels read four at once, and the product has even columns.
+        # A fourth logit, whatever it is, after every three: kernels read four at once, and a product has even columns.
         rows, level = (t[2 * scan :].unflatten(0, (-1, NEIGHBOURS)) for t in (weight, bias))
         rows, level = (torch.cat([t, t[:, :1]], 1).flatten(0, 1) for t in (rows, level))
         logits = F.linear(source, rows, level)

@@ -16,8 +16,8 @@ from gspn2_kernels.operands import autocast, by_triton, check_first, check_other
 from gspn2_kernels.registration import define
 
 _SCHEMA = (
-    "merge(Tensor y, Tensor weight, SymInt[] lines, Tensor a, Tensor? filters, Tensor? share, Tensor? values, Tensor row,"
-    " Tensor residual, Tensor? gamma, Tensor? prefix_out) -> Tensor"
+    "merge(Tensor y, Tensor weight, SymInt[] lines, Tensor a, Tensor? filters, Tensor? share, Tensor? values,"
+    " Tensor row, Tensor residual, Tensor? gamma, Tensor? prefix_out) -> Tensor"
 )
 # Places of arguments.
 _RESIDUAL, _GAMMA = 8, 9

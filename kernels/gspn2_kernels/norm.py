@@ -20,7 +20,7 @@ _PART = 256
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """Compute layer_norm(x) for inference; arguments and errors are those of `norm_mean`.
+    """Compute a LayerNorm over the channels for inference; arguments and errors are those of `norm_mean`.
 
     PyTorch's own takes half as long again on a GPU.
 

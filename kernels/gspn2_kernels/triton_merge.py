@@ -53,8 +53,8 @@ def merge(
     prefix = residual.shape[1] - grid[0] * grid[1]
     out = torch.empty(residual.shape, dtype=residual.dtype, device=residual.device)
     if prefix_out is not None:
-        first = residual[:, :prefix]
-        out[:, :prefix] = first + prefix_out if gamma is None else torch.addcmul(first, gamma, prefix_out)
+        scaled = prefix_out if gamma is None else gamma * prefix_out
+        torch.add(residual[:, :prefix], scaled, out=out[:, :prefix])
     if share is None or values is None:
         base = F.linear(y.flatten(-2), divide(weight, lines))
     else:

@@ -86,10 +86,13 @@ def _pool(x: Tensor, vectors: Tensor, level: Tensor, log_sum_bias: Tensor, share
         NS=chosen.stages, num_warps=chosen.warps,
     )  # fmt: skip
     pooled = x.new_empty(batch, columns, channels)
-    piece = block(channels, 128)
+    # Of few tiles a program joins more channels: a block is as large, or small images would wait for launches.
+    joined = min(JOINED, triton.next_power_of_2(tiles))
+    piece = block(channels, 128 * JOINED // joined)
     combine_kernel[(batch * columns * triton.cdiv(channels, piece),)](
-        parts, top, total, pooled, tiles, C=channels, K=columns, BA=COMPARED, BT=JOINED, BC=piece, NS=AHEAD, num_warps=4
-    )
+        parts, top, total, pooled, tiles, C=channels, K=columns, BA=COMPARED if tiles > JOINED else JOINED, BT=joined,
+        BC=piece, NS=AHEAD, num_warps=4,
+    )  # fmt: skip
     return pooled
 
 

@@ -1,4 +1,4 @@
-"""Poisoned memory for every test of the operator, products of bfloat16 without a GPU, and the library of the ONNX op."""
+"""Poisoned memory for every test of the operator, the interpreter's bfloat16, and the library of the ONNX op."""
 
 import importlib
 import importlib.util

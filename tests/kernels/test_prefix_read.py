@@ -18,8 +18,7 @@ pytest.importorskip("triton")
 kernels = pytest.importorskip("gspn2_kernels.triton_prefix")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# Triton's interpreter multiplies the bits of bf16 as if they were integers.
-DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 NAMES = ("read", "share", "values")
 # (B, N, C, h, d, P); a tile holds 32, 64 or 128 tokens and up to 64 channels.
 CASES = [
