@@ -98,11 +98,12 @@ class GspnBlock(Block):
             assert isinstance(self.norm1, nn.LayerNorm)
             assert isinstance(self.norm2, nn.LayerNorm)
             x = self.attn.add_to(x, self.norm1, grid, getattr(self.ls1, "gamma", None))
-            out = self.mlp(layer_norm(x, self.norm2.weight, self.norm2.bias, self.norm2.eps))
-            gamma = getattr(self.ls2, "gamma", None)
-            return x + out if gamma is None else torch.addcmul(x, gamma, out)
-        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), grid)))
-        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+            a = layer_norm(x, self.norm2.weight, self.norm2.bias, self.norm2.eps)
+        else:
+            x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), grid)))
+            a = self.norm2(x)
+        out: Tensor = x + self.drop_path2(self.ls2(self.mlp(a)))
+        return out
 
     def _fuses(self) -> bool:
         """Whether norms, mixer and residual may be ours: nothing is trained, and nobody listens to what is between.
@@ -110,7 +111,7 @@ class GspnBlock(Block):
         A mixer whose weights are spread over processes (FSDP) is listened to: its hooks gather them.
         """
         norms = self.norm1, self.norm2
-        listened = any(part._forward_hooks for part in (*norms, self.attn, self.ls1, self.ls2))
+        listened = any(part._forward_hooks for part in (*norms, self.attn, self.ls1))
         plain = all(isinstance(norm, nn.LayerNorm) for norm in norms)
         return plain and not (torch.is_grad_enabled() or self.training or listened)
 
