@@ -1,6 +1,6 @@
 """Time a mixer in the place of attention: the sub-layer from norm to residual, x + LayerScale(mixer(LayerNorm(x))).
 
-    python kernels/benchmarks/mixer.py --device cuda --output kernels/benchmarks/results/mixer_h100.json
+    python kernels/benchmarks/mixer.py --device cuda --output kernels/benchmarks/results/mixer_h200.json
 
 Against timm's Attention on scaled_dot_product_attention, with the implementation that PyTorch picks and with cuDNN's.
 Patches only, no prefix tokens. Every sub-layer must first agree with itself in fp32, on the first image. `ms` is the

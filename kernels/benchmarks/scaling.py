@@ -1,6 +1,6 @@
 """Time a scan and a whole student of ViT-B/16 for one image, from 14 x 14 to 256 x 256 patches: is it linear?
 
-    python kernels/benchmarks/scaling.py --output kernels/benchmarks/results/scaling_h100.json
+    python kernels/benchmarks/scaling.py --output kernels/benchmarks/results/scaling_h200.json
 
 `off_line` is how far the time of a size above 64 x 64 lies from a straight line through 64 x 64 and 256 x 256, as a
 share of the line. The student has no attention left and random weights. Times are those of CUDA graphs, in bf16.
