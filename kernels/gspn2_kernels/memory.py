@@ -1,7 +1,12 @@
 """What the launchers of Triton kernels ask of a tensor's memory."""
 
+import math
+
 import torch
 from torch import Tensor
+
+# Bytes that a lane reads at once.
+VECTOR = 16
 
 
 def by_pixel(t: Tensor) -> Tensor:
@@ -22,3 +27,8 @@ def by_token(t: Tensor) -> Tensor:
         t: (B, N, C).
     """
     return t if t.stride(-1) == 1 else t.clone(memory_format=torch.contiguous_format)
+
+
+def batch_unit(t: Tensor) -> int:
+    """Numbers by which a batch stride is handed to a kernel, which multiplies by them: so vectors are seen aligned."""
+    return math.gcd(t.stride(0), VECTOR // t.element_size())

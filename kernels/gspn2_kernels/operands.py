@@ -2,6 +2,7 @@
 
 import importlib.util
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -45,6 +46,11 @@ def check_other(
 def autocast_wanted(device_type: str) -> bool:
     """Tell whether autocast is on for a type of device; some types, such as "meta", know no autocast."""
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
+def no_autocast(device_type: str) -> AbstractContextManager[None]:
+    """Switch autocast off within a `with`, where it is on."""
+    return torch.autocast(device_type, enabled=False) if autocast_wanted(device_type) else nullcontext()
 
 
 def autocast(device_type: str, *tensors: Tensor | None) -> tuple[Any, ...]:

@@ -7,6 +7,8 @@ Shapes: B batch, N tokens, P prefix tokens, M = N - P patches, C channels, h hea
 share.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
@@ -90,47 +92,27 @@ def _check(
     check_other("log_sum_bias", "(h,)", log_sum_bias, (heads,), x)
 
 
-def _columns(prefix: int, heads: int) -> int:
+def share_columns(prefix: int, heads: int) -> int:
     """Count the columns of the share: products with other numbers than multiples of eight are slow ones on a GPU."""
     return ((prefix + 1) * heads + 7) // 8 * 8
 
 
 @define(_SCHEMA)
-def _read_prefix(
-    x: Tensor,
-    projected: Tensor,
-    qkv_weight: Tensor,
-    qkv_bias: Tensor | None,
-    proj_weight: Tensor,
-    log_sum_weight: Tensor,
-    log_sum_bias: Tensor,
-    heads: int,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _read_prefix(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:  # noqa: ANN401  those of `read_prefix`, in order
     from gspn2_kernels import triton_prefix
 
-    tensors = (x, projected, qkv_weight, qkv_bias, proj_weight, log_sum_weight, log_sum_bias)
-    _check(*tensors, heads)
-    with torch.cuda.device_of(x):
-        return triton_prefix.forward(*tensors, heads, scale, _columns(projected.shape[1], heads))
+    _check(*arguments[:-1])
+    with torch.cuda.device_of(arguments[0]):
+        return triton_prefix.forward(*arguments)
 
 
 @torch.library.register_fake("gspn2::read_prefix")
-def _read_prefix_fake(
-    x: Tensor,
-    projected: Tensor,
-    qkv_weight: Tensor,
-    qkv_bias: Tensor | None,
-    proj_weight: Tensor,
-    log_sum_weight: Tensor,
-    log_sum_bias: Tensor,
-    heads: int,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    _check(x, projected, qkv_weight, qkv_bias, proj_weight, log_sum_weight, log_sum_bias, heads)
+def _read_prefix_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:  # noqa: ANN401
+    _check(*arguments[:-1])
+    x, projected, *_, heads, _ = arguments
     batch, tokens, channels = x.shape
     prefix, width = projected.shape[1:]
-    columns = _columns(prefix, heads)
+    columns = share_columns(prefix, heads)
     return (
         x.new_empty(batch, prefix, width // 3),
         x.new_empty(batch, tokens - prefix, columns),

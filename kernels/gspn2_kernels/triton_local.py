@@ -11,17 +11,15 @@ Shapes: B batch, H W grid, C channels; a tile is LW lanes of P positions by BC c
 # What kernels take are pointers, blocks and constants, of which only the last have types.
 # mypy: disable-error-code="no-untyped-def"
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from gspn2_kernels.memory import by_pixel
+from gspn2_kernels.memory import VECTOR, batch_unit, by_pixel
 
-# Positions and bytes of channels of a lane: with nine weights and two rows of sums, what its registers have room for.
-POSITIONS, VECTOR = 2, 16
+# Positions of a lane, of VECTOR bytes of channels: with nine weights and two rows of sums, as many as registers hold.
+POSITIONS = 2
 LANES = 128
 # Programs that run at the same time on an H100: three on each of 132 multiprocessors.
 PROGRAMS = 396
@@ -131,7 +129,7 @@ def _rows(columns: int, height: int, pieces: int) -> int:
 def _strides(name: str, t: Tensor | None) -> dict[str, int]:
     """Name the batch stride, in units that keep vectors aligned, the unit and the stride of a position."""
     batch, position = (0, 0) if t is None else (t.stride(0), t.stride(2))
-    unit = 1 if t is None else math.gcd(batch, VECTOR // t.element_size())
+    unit = 1 if t is None else batch_unit(t)
     return {f"s{name}b": batch // unit, f"U{name.upper()}": unit, f"S{name.upper()}": position}
 
 

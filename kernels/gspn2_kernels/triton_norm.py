@@ -11,7 +11,6 @@ Shapes: B batch, N tokens, C channels; a tile is BM tokens by chunks of BK chann
 # What kernels take are pointers, blocks and constants, of which only the last have types.
 # mypy: disable-error-code="no-untyped-def"
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -19,10 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gspn2_kernels.memory import by_token
+from gspn2_kernels.memory import VECTOR, batch_unit, by_token
 
-# Bytes of a lane, and how many channels, to those there are, chunks may hold before narrower ones cost less.
-VECTOR, MOST_PADDING = 16, 1.125
+# How many channels, to those there are, chunks may hold before narrower ones cost less.
+MOST_PADDING = 1.125
 _RUNTIME = ("B", "N", "rows", "prefix", "sxb")
 
 
@@ -74,8 +73,7 @@ def _run(
     programs, shares = triton.cdiv(tokens, rows), None
     if prefix is not None:
         shares = torch.empty(programs, batch, channels, dtype=torch.float32, device=x.device)
-    # The batch stride comes in units that keep vectors aligned.
-    unit = math.gcd(x.stride(0), VECTOR // x.element_size())
+    unit = batch_unit(x)
     norm_kernel[(programs * batch,)](
         x, weight, bias, a, shares, eps, batch, tokens, rows, prefix or 0, x.stride(0) // unit, C=channels,
         SX=x.stride(1), UX=unit, BM=chosen.warps, BK=_chunk(channels, x.element_size()), NS=chosen.stages,

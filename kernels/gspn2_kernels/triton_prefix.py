@@ -21,11 +21,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gspn2_kernels.memory import by_token
+from gspn2_kernels.memory import batch_unit, by_token
+from gspn2_kernels.prefix import share_columns
 from gspn2_kernels.triton_fold import SIDE, block, fold, project
 
-# Bytes of a lane, and most columns of the gate in a program unless one head has more.
-VECTOR, COLUMNS = 16, 128
+# Most columns of the gate in a program unless one head has more.
+COLUMNS = 128
 # Tiles that are compared at once, those that are joined at once, and how often those are under way.
 COMPARED, JOINED, AHEAD = 256, 16, 4
 LOG2_E: tl.constexpr = tl.constexpr(math.log2(math.e))
@@ -51,16 +52,13 @@ def forward(
     log_sum_bias: Tensor,
     heads: int,
     scale: float,
-    columns: int,
     *,
     chosen: Plan | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute `gspn2::read_prefix`, arguments as there.
-
-    `columns` is S, at most 7 more than (P + 1) h; `chosen` are the constants of the pass over the tokens.
-    """
+    """Compute `gspn2::read_prefix`, arguments as there; `chosen` are the constants of the pass over the tokens."""
     batch, tokens, channels = x.shape
     prefix, width = projected.shape[1:]
+    columns = share_columns(prefix, heads)
     share = x.new_empty(batch, tokens - prefix, columns)
     if x.numel() == 0:
         return x.new_empty(batch, prefix, width // 3), share, x.new_empty(batch, columns, channels)
@@ -77,8 +75,7 @@ def _pool(x: Tensor, vectors: Tensor, level: Tensor, log_sum_bias: Tensor, share
     places, group = _group(prefix, heads)
     parts = torch.empty(batch, tiles, columns, channels, dtype=torch.float32, device=x.device)
     top, total = torch.empty(2, batch, tiles, columns, dtype=torch.float32, device=x.device)
-    # The batch stride comes in units that keep vectors aligned.
-    unit = math.gcd(x.stride(0), VECTOR // x.element_size())
+    unit = batch_unit(x)
     read_kernel[(batch * tiles * triton.cdiv(heads, group),)](
         x, vectors, level, log_sum_bias, share, parts, top, total, tokens, tiles, x.stride(0) // unit, C=channels,
         H=heads, P=prefix, S=share.shape[2], SX=x.stride(1), UX=unit, BM=chosen.tokens,

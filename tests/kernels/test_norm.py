@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gspn2_kernels.norm import layer_norm, norm_mean
 from gspn2_kernels.testing import TOLERANCES, assert_close
+from helpers.layouts import OF_TOKENS
 
 pytest.importorskip("triton")
 kernels = pytest.importorskip("gspn2_kernels.triton_norm")
@@ -122,17 +123,10 @@ def test_norm_without_parameters(missing: tuple[int, ...]) -> None:
     check(inputs, 1, norm_mean(*inputs, 1))
 
 
-@pytest.mark.parametrize(
-    "view",
-    [
-        lambda t: t.repeat(1, 2, 1)[:, ::2],
-        lambda t: t.transpose(0, 1).contiguous().transpose(0, 1),
-        lambda t: t.transpose(1, 2).contiguous().transpose(1, 2),
-        lambda t: F.pad(t, (1, 2))[..., 1:-2],
-        lambda t: t[:1, :1].expand(2, 7, -1),
-    ],
-    ids=["every second token", "tokens first", "channels apart", "part of the channels", "one token for all"],
-)
+LAYOUTS = OF_TOKENS | {"one token for all": lambda t: t[:1, :1].expand(2, 7, -1)}
+
+
+@pytest.mark.parametrize("view", LAYOUTS.values(), ids=LAYOUTS)
 def test_layouts_of_x(view) -> None:
     x, weight, bias, eps = draw((2, 7, 24), torch.float16)
     inputs = view(x), weight.repeat(2).view(24, 2).T.flatten()[::2], bias, eps

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from gspn2_kernels.prefix import read_prefix
 from gspn2_kernels.testing import TOLERANCES, assert_close
 from gspn2convert import prefix as toolkit
+from helpers.layouts import OF_TOKENS
 
 pytest.importorskip("triton")
 kernels = pytest.importorskip("gspn2_kernels.triton_prefix")
@@ -80,8 +81,7 @@ def reference(drawn: dict) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def run(drawn: dict, **options) -> tuple[Tensor, Tensor, Tensor]:
-    columns = ((drawn["projected"].shape[1] + 1) * drawn["heads"] + 7) // 8 * 8
-    return kernels.forward(**drawn, columns=columns, **options)
+    return kernels.forward(**drawn, **options)
 
 
 def check(drawn: dict, actual: tuple[Tensor, ...], tolerance: float | None = None) -> None:
@@ -131,17 +131,10 @@ def test_large_scores_of_two_bytes_stay_finite(dtype: torch.dtype) -> None:
         assert out.isfinite().all()
 
 
-@pytest.mark.parametrize(
-    "view",
-    [
-        lambda t: t.repeat(1, 2, 1)[:, ::2],
-        lambda t: t.transpose(0, 1).contiguous().transpose(0, 1),
-        lambda t: t.transpose(1, 2).contiguous().transpose(1, 2),
-        lambda t: F.pad(t, (1, 2))[..., 1:-2],
-        lambda t: t[:1].expand(2, -1, -1),
-    ],
-    ids=["every second token", "tokens first", "channels apart", "part of the channels", "one image for all"],
-)
+LAYOUTS = OF_TOKENS | {"one image for all": lambda t: t[:1].expand(2, -1, -1)}
+
+
+@pytest.mark.parametrize("view", LAYOUTS.values(), ids=LAYOUTS)
 def test_layouts_of_x(view) -> None:
     drawn = draw((2, 35, 24, 3, 8, 1), torch.float16)
     drawn["x"] = view(drawn["x"])
