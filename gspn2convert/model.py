@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gspn2_kernels import layer_norm
-from gspn2convert.embedding import PatchConv2d
+from gspn2convert.embedding import PatchConv2d, by_products
 from gspn2convert.errors import UserError
 from gspn2convert.mixer import Gspn2Mixer
 from gspn2convert.vit import GSPN2_VIT, base_arguments, check_vit, current_arguments, num_prefix, probe, public_cfg
@@ -125,6 +125,7 @@ class Gspn2Vit(VisionTransformer):
 
     grid: Grid
     _model_args: dict[str, Any]
+    _pos_embed = by_products(VisionTransformer._pos_embed)
 
     def share_grid(self) -> None:
         """Give all blocks one grid cell."""
@@ -164,6 +165,8 @@ class Gspn2Vit(VisionTransformer):
 
 class Gspn2VitDistilled(Gspn2Vit, VisionTransformerDistilled):
     """The same for DeiT's distilled models, with a second prefix token and a second head."""
+
+    _pos_embed = by_products(VisionTransformerDistilled._pos_embed)
 
 
 _CONVERTED: dict[type[nn.Module], type[Gspn2Vit]] = {

@@ -96,16 +96,26 @@ def test_infinity_does_not_cross_a_restart(run: Callable[..., Tensor]) -> None:
     assert_close("finite part", want[want.isfinite()], got[want.isfinite()])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("prefix", [0, 2])
 @pytest.mark.parametrize("new", [(14, 14), (7, 7), (1, 3), (12, 20), (32, 23), (64, 5)])
 @pytest.mark.parametrize("old", [(14, 14), (12, 20)])
-def test_position_embedding_is_resampled_as_timm_does(old: tuple[int, int], new: tuple[int, int]) -> None:
-    embedding = torch.randn(1, 2 + old[0] * old[1], 8)
-    want = resample_abs_pos_embed(embedding, list(new), list(old), num_prefix_tokens=2)
-    got = resample_position(embedding, new, old, num_prefix_tokens=2)
+def test_position_embedding_is_resampled_as_timm_does(
+    old: tuple[int, int], new: tuple[int, int], prefix: int, dtype: torch.dtype
+) -> None:
+    embedding = (torch.randn(1, prefix + old[0] * old[1], 8) + 0.5).to(dtype).requires_grad_()
+    want = resample_abs_pos_embed(embedding, list(new), list(old), num_prefix_tokens=prefix)
+    got = resample_position(embedding, new, old, num_prefix_tokens=prefix)
     if old == new:
         assert torch.equal(got, embedding)
     # fp32 rounds positions of about 20 to 1e-6, in timm's weights and in these.
-    assert_close("embedding", want, got, 5e-6)
+    tolerance = 5e-6 if dtype == torch.float32 else None
+    assert_close("embedding", want, got, tolerance)
+    upstream = torch.randn(want.shape).to(dtype)
+    want_grad, got_grad = (torch.autograd.grad(result, embedding, upstream)[0] for result in (want, got))
+    assert_close("gradient", want_grad, got_grad, tolerance)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(resample_position(embedding, new, old, num_prefix_tokens=prefix), got)
 
 
 @pytest.mark.parametrize("reg_tokens", [0, 2])

@@ -9,6 +9,7 @@ from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import Attention
 from torch import nn
 
+from gspn2convert.embedding import resample_position
 from gspn2convert.errors import UserError
 from gspn2convert.mixer import Gspn2Mixer
 from gspn2convert.model import Gspn2Vit, GspnBlock, KeptBlock, build_student
@@ -132,20 +133,23 @@ def test_blocks_get_the_grid_of_the_image(student, base):
     assert not torch.allclose(by_hand(model, images(16, 40))[-1], by_hand(model, images(40, 16))[-1])
 
 
+@pytest.mark.parametrize("base", ["class token", "registers", "distilled"])
 @pytest.mark.parametrize("size", [(32, 56), (48, 40)])
-def test_a_dynamic_model_equals_one_of_that_size(student, size):
-    model, x = student("registers"), images(*size)
+def test_a_dynamic_model_equals_one_of_that_size(student, base, size):
+    model, x = student(base), images(*size)
     arguments = {**model._model_args, "img_size": size, "dynamic_img_size": False}
     fixed = timm.create_model("gspn2_vit", **arguments).eval()
     state = model.state_dict()
-    state["pos_embed"] = resample_abs_pos_embed(
-        state["pos_embed"], new_size=[edge // 8 for edge in size], old_size=[4, 6], num_prefix_tokens=0
-    )
+    grids = {"new_size": [edge // 8 for edge in size], "old_size": [4, 6]}
+    grids["num_prefix_tokens"] = 0 if model.no_embed_class else model.num_prefix_tokens
+    state["pos_embed"] = resample_abs_pos_embed(state["pos_embed"], **grids)
     fixed.load_state_dict(state)
     torch.testing.assert_close(fixed(x), model(x))
     moved = copy.deepcopy(model)
     moved.set_input_size(size)
     torch.testing.assert_close(moved(x), model(x))
+    fixed.pos_embed.data = resample_position(model.pos_embed.data, **grids)
+    assert torch.equal(embed(fixed, x), embed(model, x)), "by products, not as timm interpolates"
 
 
 def test_reset_classifier_leaves_the_features(student):
