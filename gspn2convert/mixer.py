@@ -10,6 +10,7 @@ Shapes: B batch, N = P + H W tokens, P prefix tokens, C channels, R proxy dimens
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -19,7 +20,7 @@ from timm.layers import Attention
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from gspn2_kernels import divide, line_scan, local_perception, merge, norm_mean
+from gspn2_kernels import Normed, divide, line_scan, local_perception, merge, norm_tokens, project
 from gspn2_kernels.operands import autocast
 from gspn2convert.prefix import PrefixRead
 
@@ -116,7 +117,9 @@ class Gspn2Mixer(nn.Module):
         out = F.linear(self.scan(x, grid).flatten(-2), divide(self.proj.weight, self._lines(grid)))
         if self.lpu is not None:
             out = local_perception(patches, self.lpu.weight, out)
-        row, prefix_out, share, values = self._read(x, patches.mean((1, 2)), grid)
+        prefix = x.shape[1] - grid[0] * grid[1]
+        row = self._row(patches.mean((1, 2)), x[:, :prefix])
+        prefix_out, share, values = (None, None, None) if self.prefix is None else self.prefix(x, prefix)
         out = out.flatten(1, 2)
         if share is not None and values is not None:
             out = torch.baddbmm(out, share, values)
@@ -133,27 +136,20 @@ class Gspn2Mixer(nn.Module):
             gamma: LayerScale (C,), or None for 1.
         """
         prefix = residual.shape[1] - grid[0] * grid[1]
-        x, mean = norm_mean(residual, norm.weight, norm.bias, norm.eps, prefix)
-        row, prefix_out, share, values = self._read(x, mean, grid)
+        normed = norm_tokens(residual, norm.weight, norm.bias, norm.eps, prefix)
+        row = self._row(normed.mean, normed.first)
+        prefix_out, share, values = (None, None, None) if self.prefix is None else self.prefix.of_normed(normed)
+        latent = project(normed, self.down.weight)
+        y = self._gated_scan(latent, latent if self.from_latent else normed, grid)
         filters, lines = None if self.lpu is None else self.lpu.weight, self._lines(grid)
-        y = self.scan(x, grid)
-        return merge(y, self.proj.weight, lines, x, filters, share, values, row, residual, gamma, prefix_out)
+        return merge(normed, y, self.proj.weight, lines, filters, share, values, row, gamma, prefix_out)
 
-    def _read(
-        self, x: Tensor, mean: Tensor, grid: tuple[int, int]
-    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        """What all patches of an image get (B, C), what prefix tokens get, and what patches take of those.
-
-        `mean` is the mean patch (B, C) of the tokens x.
-        """
+    def _row(self, mean: Tensor, first: Tensor) -> Tensor:
+        """What all patches of an image get (B, C), by the mean patch (B, C) and the prefix tokens (B, P, C)."""
         if self.shared is None:
-            row = self.proj.bias.expand(x.shape[0], -1)
-        else:
-            summary = torch.cat([mean, x[:, 0]], -1) if self.prefix is not None else mean
-            row = F.linear(summary, self.shared.weight, self.proj.bias)
-        if self.prefix is None:
-            return row, None, None, None
-        return row, *self.prefix(x, x.shape[1] - grid[0] * grid[1])
+            return self.proj.bias.expand(mean.shape[0], -1)
+        summary = mean if self.prefix is None else torch.cat([mean, first[:, 0]], -1)
+        return F.linear(summary, self.shared.weight, self.proj.bias)
 
     @staticmethod
     def _patches(x: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -163,31 +159,35 @@ class Gspn2Mixer(nn.Module):
     def scan(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """The four scans (B, H, W, 4, R) of tokens (B, N, C), each times its gate.
 
-        Projections take the prefix tokens along: to leave them out first would copy all the others. Not so in an ONNX
-        graph, where every slice is a copy, and the LPU has the patches cut out already.
+        Projections take the prefix tokens along: to leave them out first would copy all the others.
         """
-        if torch.compiler.is_exporting():
-            x = x[:, x.shape[1] - grid[0] * grid[1] :]
         latent = self.down(x)
+        source = latent if self.from_latent else x
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return self._gated_scan(latent, x, grid)
+            return self._gated_scan(latent, source, grid)
         # lam, u and logits are 8 R + 12 G numbers a patch, and a product of R: the backward makes them again.
         out: Tensor = checkpoint(
-            *(self._gated_scan, latent, x, grid), use_reentrant=False, preserve_rng_state=False, context_fn=_KEEP_SCANS
+            *(self._gated_scan, latent, source, grid),
+            use_reentrant=False,
+            preserve_rng_state=False,
+            context_fn=_KEEP_SCANS,
         )
         return out
 
-    def _gated_scan(self, latent: Tensor, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        """The scans of the latent (B, N, R) of tokens x (B, N, C), each times its gate."""
-        source = latent if self.from_latent else x
+    def _gated_scan(self, latent: Tensor, source: Tensor | Normed, grid: tuple[int, int]) -> Tensor:
+        """The scans of the latent (B, N, R), each times its gate, which are linear in the source: it, or all channels.
+
+        Where prefix tokens are left out, N = H W.
+        """
+        linear: Callable[..., Tensor] = project if isinstance(source, Normed) else F.linear
         weight, bias = self.control.weight, self.control.bias
         scan = DIRECTIONS * self.proxy_dim
         # A product for each part: results are contiguous, and no gradient has to be copied into that of a whole.
-        lam, u = (F.linear(source, weight[i : i + scan], bias[i : i + scan]) for i in (0, scan))
+        lam, u = (linear(source, weight[i : i + scan], bias[i : i + scan]) for i in (0, scan))
         # A fourth logit, whatever it is, after every three: kernels read four at once, and a product has even columns.
         rows, level = (t[2 * scan :].unflatten(0, (-1, NEIGHBOURS)) for t in (weight, bias))
         rows, level = (torch.cat([t, t[:, :1]], 1).flatten(0, 1) for t in (rows, level))
-        logits = F.linear(source, rows, level)
+        logits = linear(source, rows, level)
         lam, u = (self._patches(t, grid).unflatten(-1, (DIRECTIONS, -1)) for t in (lam, u))
         logits = self._patches(logits, grid).unflatten(-1, (DIRECTIONS, self.groups, -1))[..., :NEIGHBOURS]
         return line_scan(self._patches(latent, grid), lam, logits, u, self.segment)

@@ -15,8 +15,7 @@ import torch.nn.functional as F
 from timm.layers import Attention
 from torch import Tensor, nn
 
-from gspn2_kernels import read_prefix
-from gspn2_kernels.operands import by_triton
+from gspn2_kernels import Normed, read_prefix
 
 
 class PrefixRead(nn.Module):
@@ -67,14 +66,8 @@ class PrefixRead(nn.Module):
         if not self.exact and self.log_sum is None:
             return self._read(x, prefix, None), None, None
         projected = _by_rows(self.qkv, x[:, :prefix])
-        folds = isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity)
-        # All that follows is small, and launches of its own would take longer than what they do.
-        if folds and self.exact and self.log_sum is not None and by_triton(x) and not torch.is_grad_enabled():
-            weights = (self.qkv.weight, self.qkv.bias, self.proj.weight, self.log_sum.weight, self.log_sum.bias)
-            inner, share, values = read_prefix(x, projected, *weights, self.num_heads, self.scale)
-            return _by_rows(self.proj, inner), share, values
         query, key, value = projected.unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)
-        read, gate = self._folded_scores(x, query, key) if folds else self._scores(x, query)
+        read, gate = self._folded_scores(x, query, key) if self._folds() else self._scores(x, query)
         out = self._read(x, prefix, read)
         if gate is None:
             return out, None, None
@@ -85,6 +78,22 @@ class PrefixRead(nn.Module):
         values = torch.einsum("bphd,chd->bphc", value, weight)
         nothing = values.new_zeros(values.shape[0], 1, *values.shape[2:])
         return out, share, torch.cat([values, nothing], 1).flatten(1, 2)
+
+    def of_normed(self, normed: Normed) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The same of normed tokens, for inference: where they are not written, and can stay so, by kernels.
+
+        All that is done is small, and launches of its own would take longer than what they do.
+        """
+        if normed.tokens is not None or not self._folds() or not self.exact or self.log_sum is None:
+            return self(normed.written(), normed.first.shape[1])
+        weights = (self.qkv.weight, self.qkv.bias, self.proj.weight, self.log_sum.weight, self.log_sum.bias)
+        projected = _by_rows(self.qkv, normed.first)
+        inner, share, values = read_prefix(normed, projected, *weights, self.num_heads, self.scale)
+        return _by_rows(self.proj, inner), share, values
+
+    def _folds(self) -> bool:
+        """Whether queries and keys are linear in the tokens, so that one side's fold into the other's weight."""
+        return isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity)
 
     def log_sum_exp(self, x: Tensor, prefix: int) -> Tensor:
         """The true log-sum-exp of each patch's attention scores over all patches, which the gate predicts.

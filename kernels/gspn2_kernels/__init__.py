@@ -3,11 +3,13 @@
 from gspn2_kernels.line_scan import backend, line_scan, register_backend
 from gspn2_kernels.local import local_perception
 from gspn2_kernels.merge import divide, merge
-from gspn2_kernels.norm import layer_norm, norm_mean
+from gspn2_kernels.norm import Normed, layer_norm, norm_tokens
 from gspn2_kernels.prefix import read_prefix
+from gspn2_kernels.project import project
 from gspn2_kernels.reference import line_scan_ref
 
 __all__ = [
+    "Normed",
     "backend",
     "divide",
     "layer_norm",
@@ -15,7 +17,8 @@ __all__ = [
     "line_scan_ref",
     "local_perception",
     "merge",
-    "norm_mean",
+    "norm_tokens",
+    "project",
     "read_prefix",
     "register_backend",
 ]

@@ -12,64 +12,64 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from gspn2_kernels.local import convolve
-from gspn2_kernels.operands import autocast, by_triton, check_first, check_other, register_autocast
+from gspn2_kernels.norm import STREAM, Normed, check_normed
+from gspn2_kernels.operands import autocast, check_first, check_other, register_autocast
 from gspn2_kernels.registration import define
 
 _SCHEMA = (
-    "merge(Tensor y, Tensor weight, SymInt[] lines, Tensor a, Tensor? filters, Tensor? share, Tensor? values,"
-    " Tensor row, Tensor residual, Tensor? gamma, Tensor? prefix_out) -> Tensor"
+    "merge(Tensor stream, Tensor statistics, Tensor? norm_weight, Tensor? norm_bias, Tensor y, Tensor weight,"
+    " SymInt[] lines, Tensor? filters, Tensor? share, Tensor? values, Tensor row, Tensor? gamma, Tensor? prefix_out)"
+    " -> Tensor"
 )
-# Places of arguments.
-_RESIDUAL, _GAMMA = 8, 9
+_GAMMA = 11  # its place among the arguments
 
 
 def merge(
+    normed: Normed,
     y: Tensor,
     weight: Tensor,
     lines: Sequence[int],
-    a: Tensor,
     filters: Tensor | None,
     share: Tensor | None,
     values: Tensor | None,
     row: Tensor,
-    residual: Tensor,
     gamma: Tensor | None = None,
     prefix_out: Tensor | None = None,
 ) -> Tensor:
-    """Compute residual + gamma * (y / lines weight^T + depthwise3x3(a, filters) + share values + row) for the patches.
+    """Compute stream + gamma * (y / lines weight^T + depthwise3x3(a, filters) + share values + row) for the patches.
 
-    Prefix tokens become residual + gamma * prefix_out. The tensors share one dtype (fp64, fp32, fp16 or bf16) and one
-    device, except that residual and gamma may be fp32 beside others. Under autocast all but these two are cast to the
-    autocast dtype. On a GPU this is one pass over memory, sums are in fp32, and there is no gradient.
+    The stream is that of the normed tokens a. Prefix tokens become stream + gamma * prefix_out. The tensors share one
+    dtype (fp64, fp32, fp16 or bf16) and one device, except that normed tokens and gamma may be fp32 beside others.
+    Under autocast all but these are cast to the autocast dtype. On a GPU sums are in fp32, and there is no gradient.
 
     Args:
+        normed: Stream and tokens (B, N, C) that the convolution reads, prefix tokens first.
         y: Scans (B, H, W, 4, R).
         weight: Merge of the scans (C, 4 R).
         lines: What the scans of the first two and those of the last two directions are divided by, see `divide`.
-        a: Tokens (B, N, C) that the convolution reads, prefix tokens first.
         filters: Weight (C, 1, 3, 3) of a depthwise convolution with zeros around the grid, or None.
         share: What patches take of the values (B, H W, S), or None.
         values: (B, S, C), or None.
         row: What all patches of an image get (B, C).
-        residual: Stream (B, N, C).
         gamma: Scale of each channel (C,), as LayerScale has; None for 1.
         prefix_out: (B, P, C), or None where P = 0.
 
     Returns:
-        (B, N, C), contiguous, in the dtype of residual.
+        (B, N, C), contiguous, in the dtype of the stream.
 
     Raises:
         ValueError: A shape, dtype or device does not fit; the message names the argument and what was expected.
     """
-    arguments = (y, weight, lines, a, filters, share, values, row, residual, gamma, prefix_out)
-    out: Tensor
-    if by_triton(y):
-        out = torch.ops.gspn2.merge(*arguments)
+    stream, a = normed.stream, normed.tokens
+    if a is None:
+        norm = (normed.stream, normed.statistics, normed.weight, normed.bias)
+        out: Tensor = torch.ops.gspn2.merge(*norm, y, weight, lines, filters, share, values, row, gamma, prefix_out)
         return out
     y, weight, a, filters, share, values, row = autocast(y.device.type, y, weight, a, filters, share, values, row)
     (prefix_out,) = autocast(y.device.type, prefix_out)
-    _check(y, weight, lines, a, filters, share, values, row, residual, gamma, prefix_out)
-    grid, prefix = y.shape[1:3], residual.shape[1] - y.shape[1] * y.shape[2]
+    _check(stream, y, weight, lines, filters, share, values, row, gamma, prefix_out)
+    check_other("tokens", "(B, N, C)", a, tuple(stream.shape), y)
+    grid, prefix = y.shape[1:3], stream.shape[1] - y.shape[1] * y.shape[2]
     scans, weight = y.flatten(1, 2).flatten(2), divide(weight, lines)
     if torch.compiler.is_exporting():
         out = _one_product(scans, weight, share, values, row)
@@ -81,7 +81,7 @@ def merge(
         out = out + convolve(a[:, prefix:].unflatten(1, grid), filters).flatten(1, 2)
     if prefix_out is not None:
         out = torch.cat([prefix_out, out], 1)
-    return (residual + (out if gamma is None else gamma * out)).to(residual.dtype).contiguous()
+    return (stream + (out if gamma is None else gamma * out)).to(stream.dtype).contiguous()
 
 
 def divide(weight: Tensor, lines: Sequence[int]) -> Tensor:
@@ -116,28 +116,26 @@ def _one_product(scans: Tensor, weight: Tensor, share: Tensor | None, values: Te
 
 
 def _check(
+    stream: Tensor,
     y: Tensor,
     weight: Tensor,
     lines: Sequence[int],
-    a: Tensor,
     filters: Tensor | None,
     share: Tensor | None,
     values: Tensor | None,
     row: Tensor,
-    residual: Tensor,
     gamma: Tensor | None,
     prefix_out: Tensor | None,
 ) -> None:
     """Raise a ValueError that names the first argument that does not fit y and weight."""
     check_first("y", "(B, H, W, 4, R)", y)
     check_first("weight", "(C, 4 R)", weight)
-    check_first("residual", "(B, N, C)", residual)
+    check_first("stream", "(B, N, C)", stream)
     batch, height, width, directions, scanned = y.shape
-    patches, channels, tokens = height * width, weight.shape[0], residual.shape[1]
-    prefix = 0 if prefix_out is None else tokens - patches
+    patches, channels = height * width, weight.shape[0]
+    prefix = 0 if prefix_out is None else stream.shape[1] - patches
     check_other("weight", "(C, 4 R)", weight, (channels, directions * scanned), y)
-    check_other("residual", "(B, N, C)", residual, (batch, prefix + patches, channels), y, torch.float32)
-    check_other("a", "(B, N, C)", a, (batch, tokens, channels), y)
+    check_other("stream", "(B, N, C)", stream, (batch, prefix + patches, channels), y, torch.float32)
     check_other("filters", "(C, 1, 3, 3)", filters, (channels, 1, 3, 3), y)
     check_other("row", "(B, C)", row, (batch, channels), y)
     check_other("gamma", "(C,)", gamma, (channels,), y, torch.float32)
@@ -153,35 +151,28 @@ def _check(
 
 
 @define(_SCHEMA)
-def _merge(*arguments: Any) -> Tensor:  # noqa: ANN401  those of `merge`, in order
+def _merge(stream: Tensor, *arguments: Any) -> Tensor:  # noqa: ANN401  those of the schema, in order
     from gspn2_kernels import triton_merge
 
-    _check(*arguments)
-    with torch.cuda.device_of(arguments[_RESIDUAL]):
-        return triton_merge.merge(*arguments)
+    check_normed(stream, *arguments[:3])
+    _check(stream, *arguments[3:])
+    with torch.cuda.device_of(stream):
+        return triton_merge.merge(stream, *arguments)
 
 
 @torch.library.register_fake("gspn2::merge")
-def _merge_fake(*arguments: Any) -> Tensor:  # noqa: ANN401
-    _check(*arguments)
-    residual: Tensor = arguments[_RESIDUAL]
-    return residual.new_empty(residual.shape)
+def _merge_fake(stream: Tensor, *arguments: Any) -> Tensor:  # noqa: ANN401
+    check_normed(stream, *arguments[:3])
+    _check(stream, *arguments[3:])
+    return stream.new_empty(stream.shape)
 
 
-register_autocast("merge", torch.ops.gspn2.merge, (_RESIDUAL, _GAMMA))
+register_autocast("merge", torch.ops.gspn2.merge, (*STREAM, _GAMMA))
 
 
 @register_flop_formula(torch.ops.gspn2.merge)
-def _flops(
-    y: torch.Size,
-    weight: torch.Size,
-    lines: Sequence[int],
-    a: torch.Size,
-    filters: torch.Size | None,
-    share: torch.Size | None,
-    *_: object,
-    **__: object,
-) -> int:
+def _flops(stream: torch.Size, *others: Any, **__: object) -> int:
     """Count 2 FLOPs for a multiply-add, as torch does."""
+    y, weight, _, filters, share = others[3:8]
     columns = weight[1] + (0 if filters is None else 9) + (0 if share is None else share[2])
-    return 2 * y[0] * y[1] * y[2] * weight[0] * columns
+    return int(2 * y[0] * y[1] * y[2] * weight[0] * columns)

@@ -13,17 +13,19 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from gspn2_kernels.norm import STREAM, Normed, check_normed
 from gspn2_kernels.operands import check_first, check_other, register_autocast
 from gspn2_kernels.registration import define
 
 _SCHEMA = (
-    "read_prefix(Tensor x, Tensor projected, Tensor qkv_weight, Tensor? qkv_bias, Tensor proj_weight,"
-    " Tensor log_sum_weight, Tensor log_sum_bias, int heads, float scale) -> (Tensor read, Tensor share, Tensor values)"
+    "read_prefix(Tensor stream, Tensor statistics, Tensor? norm_weight, Tensor? norm_bias, Tensor projected,"
+    " Tensor qkv_weight, Tensor? qkv_bias, Tensor proj_weight, Tensor log_sum_weight, Tensor log_sum_bias, int heads,"
+    " float scale) -> (Tensor read, Tensor share, Tensor values)"
 )
 
 
 def read_prefix(
-    x: Tensor,
+    normed: Normed,
     projected: Tensor,
     qkv_weight: Tensor,
     qkv_bias: Tensor | None,
@@ -35,11 +37,11 @@ def read_prefix(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Read in both directions without a key or a value of a patch, for inference.
 
-    The tensors share one dtype (fp32, fp16 or bf16) and one GPU; autocast casts them. Sums and softmaxes are in fp32,
-    and there is no gradient.
+    The tensors share one dtype (fp32, fp16 or bf16) and one GPU; the stream and what norms it may have another, and
+    autocast casts all but these. Sums and softmaxes are in fp32, and there is no gradient.
 
     Args:
-        x: Tokens (B, N, C), the prefix tokens first. A slice of tokens is as good as a contiguous tensor.
+        normed: Tokens (B, N, C), the prefix tokens first, which are not written.
         projected: Queries, keys and values of the prefix tokens (B, P, 3 h d), biases included.
         qkv_weight: Weight (3 h d, C) that made them.
         qkv_bias: Its bias (3 h d,), or None.
@@ -58,13 +60,17 @@ def read_prefix(
         ValueError: A shape, dtype, device or number does not fit; the message names the argument.
     """
     out: tuple[Tensor, Tensor, Tensor] = torch.ops.gspn2.read_prefix(
-        x, projected, qkv_weight, qkv_bias, proj_weight, log_sum_weight, log_sum_bias, heads, scale
+        *(normed.stream, normed.statistics, normed.weight, normed.bias),
+        *(projected, qkv_weight, qkv_bias, proj_weight, log_sum_weight, log_sum_bias, heads, scale),
     )
     return out
 
 
 def _check(
-    x: Tensor,
+    stream: Tensor,
+    statistics: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
     projected: Tensor,
     qkv_weight: Tensor,
     qkv_bias: Tensor | None,
@@ -73,23 +79,23 @@ def _check(
     log_sum_bias: Tensor,
     heads: int,
 ) -> None:
-    """Raise a ValueError that names the first argument that does not fit x, projected and heads."""
-    check_first("x", "(B, N, C)", x)
+    """Raise a ValueError that names the first argument that does not fit the stream, projected and heads."""
+    check_normed(stream, statistics, norm_weight, norm_bias)
     check_first("projected", "(B, P, 3 h d)", projected)
-    if x.dtype == torch.float64:
-        raise ValueError("x has dtype torch.float64, for which there is no kernel")
-    batch, tokens, channels = x.shape
+    if torch.float64 in (stream.dtype, projected.dtype):
+        raise ValueError("stream or projected has dtype torch.float64, for which there is no kernel")
+    batch, tokens, channels = stream.shape
     prefix, width = projected.shape[1:]
     if heads < 1 or width % (3 * heads):
         raise ValueError(f"heads is {heads}, expected a divisor of a third of {width}, the last size of projected")
-    check_other("projected", "(B, P, 3 h d)", projected, (batch, prefix, width), x)
+    check_other("projected", "(B, P, 3 h d)", projected, (batch, prefix, width), stream, projected.dtype)
     if not 1 <= prefix <= tokens:
         raise ValueError(f"projected has {prefix} prefix tokens, expected 1 to {tokens}, the number of tokens")
-    check_other("qkv_weight", "(3 h d, C)", qkv_weight, (width, channels), x)
-    check_other("qkv_bias", "(3 h d,)", qkv_bias, (width,), x)
-    check_other("proj_weight", "(C, h d)", proj_weight, (channels, width // 3), x)
-    check_other("log_sum_weight", "(h, C)", log_sum_weight, (heads, channels), x)
-    check_other("log_sum_bias", "(h,)", log_sum_bias, (heads,), x)
+    check_other("qkv_weight", "(3 h d, C)", qkv_weight, (width, channels), projected)
+    check_other("qkv_bias", "(3 h d,)", qkv_bias, (width,), projected)
+    check_other("proj_weight", "(C, h d)", proj_weight, (channels, width // 3), projected)
+    check_other("log_sum_weight", "(h, C)", log_sum_weight, (heads, channels), projected)
+    check_other("log_sum_bias", "(h,)", log_sum_bias, (heads,), projected)
 
 
 def share_columns(prefix: int, heads: int) -> int:
@@ -109,26 +115,24 @@ def _read_prefix(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:  # noqa: ANN
 @torch.library.register_fake("gspn2::read_prefix")
 def _read_prefix_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:  # noqa: ANN401
     _check(*arguments[:-1])
-    x, projected, *_, heads, _ = arguments
-    batch, tokens, channels = x.shape
+    stream, projected, heads = arguments[0], arguments[4], arguments[-2]
+    batch, tokens, channels = stream.shape
     prefix, width = projected.shape[1:]
     columns = share_columns(prefix, heads)
     return (
-        x.new_empty(batch, prefix, width // 3),
-        x.new_empty(batch, tokens - prefix, columns),
-        x.new_empty(batch, columns, channels),
+        projected.new_empty(batch, prefix, width // 3),
+        projected.new_empty(batch, tokens - prefix, columns),
+        projected.new_empty(batch, columns, channels),
     )
 
 
-register_autocast("read_prefix", torch.ops.gspn2.read_prefix)
+register_autocast("read_prefix", torch.ops.gspn2.read_prefix, STREAM)
 
 
 @register_flop_formula(torch.ops.gspn2.read_prefix)
-def _flops(x: torch.Size, projected: torch.Size, *others: object, **__: object) -> int:
+def _flops(stream: torch.Size, *others: Any, **__: object) -> int:
     """Count 2 FLOPs for a multiply-add, as torch does."""
-    (batch, tokens, channels), (_, prefix, width) = x, projected
-    heads = others[-2]
-    assert isinstance(heads, int)
+    (batch, tokens, channels), (_, prefix, width), heads = stream, others[3], others[-2]
     # Of a token the scores, those of the gate and its mass too, and its part in what is pooled; of a prefix token four
     # products with weights.
     return 2 * batch * channels * (tokens * (3 * prefix + 1) * heads + 4 * prefix * width // 3)

@@ -25,11 +25,17 @@ def fold(
     qkv_bias: Tensor | None,
     proj_weight: Tensor,
     log_sum_weight: Tensor,
+    log_sum_bias: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
     heads: int,
     scale: float,
     columns: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Fold keys, queries and values of prefix tokens into the weights that they meet.
+
+    Scores are products of vectors with normed tokens. The norm's weight joins the vectors, so that they are products
+    with tokens whose mean is taken away and whose deviation is 1; its bias is a constant of each score.
 
     Args:
         projected: (B, P, 3 h d).
@@ -37,29 +43,35 @@ def fold(
         qkv_bias: (3 h d,), or None.
         proj_weight: (C, h d).
         log_sum_weight: (h, C).
+        log_sum_bias: (h,).
+        norm_weight: (C,), or None.
+        norm_bias: (C,), or None.
         heads: h.
         scale: Factor of the scores.
         columns: S, at least (P + 1) h.
 
     Returns:
-        Vectors whose products with tokens are scores (B, (2 P + 1) h, C): P h for the patches, whose constants
-        (B, P h) in fp32 come second, h for the mass and P h for the prefix tokens. And the values (B, S, C) of the
-        prefix tokens, then 0.
+        Vectors (B, (2 P + 1) h, C): P h for the patches, h for the mass and P h for the prefix tokens. For each, in
+        blocks of WIDEST channels, what they add up to and the parts of its score's constant (B, (2 P + 1) h, blocks, 2)
+        in fp32. And the values (B, S, C) of the prefix tokens, then 0.
     """
     batch, prefix, width = projected.shape
     channels, dim = qkv_weight.shape[1], width // 3 // heads
     vectors = projected.new_empty(batch, (2 * prefix + 1) * heads, channels)
-    level = torch.empty(batch, prefix * heads, dtype=torch.float32, device=projected.device)
+    blocks = triton.cdiv(channels, WIDEST)
+    sums = torch.empty(*vectors.shape[:2], blocks, 2, dtype=torch.float32, device=projected.device)
     values = projected.new_empty(batch, columns, channels)
-    qkv_bias = None if qkv_bias is None else qkv_bias.contiguous()
+    qkv_bias, norm_weight, norm_bias = (
+        None if t is None else t.contiguous() for t in (qkv_bias, norm_weight, norm_bias)
+    )
     rows, most = batch * prefix, _widest(projected)
     tile = {"BM": block(rows, most), "BD": block(dim, most), "BC": WIDEST}
-    fold_kernel[(3 * heads * triton.cdiv(rows, tile["BM"]) * triton.cdiv(channels, WIDEST),)](
+    fold_kernel[(3 * heads * triton.cdiv(rows, tile["BM"]) * blocks,)](
         projected.contiguous(), qkv_weight.contiguous(), qkv_bias, proj_weight.contiguous(),
-        log_sum_weight.contiguous(), vectors, level, values, scale, rows, C=channels, H=heads, P=prefix, D=dim,
-        S=columns, **tile, num_warps=4,
+        log_sum_weight.contiguous(), log_sum_bias.contiguous(), norm_weight, norm_bias, vectors, sums, values, scale,
+        rows, C=channels, H=heads, P=prefix, D=dim, S=columns, **tile, num_warps=4,
     )  # fmt: skip
-    return vectors, level, values
+    return vectors, sums, values
 
 
 def project(pooled: Tensor, qkv_weight: Tensor, qkv_bias: Tensor | None, heads: int) -> Tensor:
@@ -90,36 +102,58 @@ def _widest(t: Tensor) -> int:
 
 @triton.jit(do_not_specialize=_RUNTIME)
 def fold_kernel(
-    projected, qkv_weight, qkv_bias, proj_weight, log_sum_weight, vectors, level, values, scale, rows, C: tl.constexpr,
-    H: tl.constexpr, P: tl.constexpr, D: tl.constexpr, S: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
-    BD: tl.constexpr,
+    projected, qkv_weight, qkv_bias, proj_weight, log_sum_weight, log_sum_bias, norm_weight, norm_bias, vectors, sums,
+    values, scale, rows, C: tl.constexpr, H: tl.constexpr, P: tl.constexpr, D: tl.constexpr, S: tl.constexpr,
+    BM: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Fold some prefix tokens' keys, queries or values (0, 1, 2) of one head into a weight.
 
     vectors are (B, (P + 1) h + P h, C): those of the gate, the mass last, then those of the prefix tokens.
     """
     i = tl.program_id(0)
-    o_c, i_h = i % tl.cdiv(C, BC) * BC + tl.arange(0, BC), i // tl.cdiv(C, BC) % H
-    which = i // (tl.cdiv(C, BC) * H) % 3
+    i_c, i_h = i % tl.cdiv(C, BC), i // tl.cdiv(C, BC) % H
+    o_c, which = i_c * BC + tl.arange(0, BC), i // (tl.cdiv(C, BC) * H) % 3
     o_m = i // (tl.cdiv(C, BC) * H * 3) * BM + tl.arange(0, BM)
-    there, i_b, i_p = (o_m < rows)[:, None] & (o_c < C)[None, :], (o_m // P).to(tl.int64), o_m % P
+    i_b, i_p = (o_m // P).to(tl.int64), o_m % P
     b_f, b_level = _fold(projected, qkv_weight, qkv_bias, proj_weight, which, o_m, rows, i_h, o_c, C, H, D, BM, BC, BD)
-    first = there & (i_p == 0)[:, None]
     if which < 2:
         row = (i_b * (2 * P + 1) + which * (P + 1) + i_p) * H + i_h
-        tl.store(vectors + (row * C)[:, None] + o_c[None, :], (b_f * scale).to(vectors.dtype.element_ty), mask=there)
+        # The bias of queries counts for keys alone: that of keys shifts all scores of a query alike.
+        b_level = tl.where((which == 0) & (i_c == 0), b_level * scale, 0.0)
+        _store_vectors(vectors, sums, b_f * scale, b_level, row, o_m < rows, norm_weight, norm_bias, i_c, o_c, C, BC)
         if which == 0:
             # The vectors of the mass are the same for all images.
-            b_s = tl.load(log_sum_weight + i_h * C + o_c, mask=o_c < C, other=0.0)
-            o_s = ((i_b * (2 * P + 1) + P) * H + i_h) * C
-            tl.store(vectors + o_s[:, None] + o_c[None, :], tl.broadcast_to(b_s[None, :], (BM, BC)), mask=first)
-            tl.store(level + (i_b * P + i_p) * H + i_h, b_level * scale, mask=(o_m < rows) & (i % tl.cdiv(C, BC) == 0))
+            b_s = tl.load(log_sum_weight + i_h * C + o_c, mask=o_c < C, other=0.0).to(tl.float32)
+            b_level = tl.zeros((BM,), tl.float32) + tl.load(log_sum_bias + i_h).to(tl.float32)
+            _store_vectors(
+                vectors, sums, tl.broadcast_to(b_s[None, :], (BM, BC)), tl.where(i_c == 0, b_level, 0.0),
+                (i_b * (2 * P + 1) + P) * H + i_h, (o_m < rows) & (i_p == 0), norm_weight, norm_bias, i_c, o_c, C, BC,
+            )  # fmt: skip
     else:
-        p_v = values + (i_b * S * C)[:, None] + o_c[None, :]
+        there, p_v = (o_m < rows)[:, None] & (o_c < C)[None, :], values + (i_b * S * C)[:, None] + o_c[None, :]
         tl.store(p_v + ((i_p * H + i_h) * C)[:, None], b_f.to(values.dtype.element_ty), mask=there)
         # The mass brings nothing, and neither do columns that fill up.
         for r in range(P * H + i_h, S, H):
-            tl.store(p_v + r * C, tl.zeros((BM, BC), values.dtype.element_ty), mask=first)
+            nothing = tl.zeros((BM, BC), values.dtype.element_ty)
+            tl.store(p_v + r * C, nothing, mask=there & (i_p == 0)[:, None])
+
+
+@triton.jit
+def _store_vectors(
+    vectors, sums, b_f, b_level, row, there, norm_weight, norm_bias, i_c, o_c, C: tl.constexpr, BC: tl.constexpr
+):  # fmt: skip
+    """Write some channels of vectors times the norm's weight, what they add up to, and their part in the constant."""
+    b_v = b_f
+    if norm_weight is not None:
+        b_v *= tl.load(norm_weight + o_c, mask=o_c < C, other=0.0).to(tl.float32)[None, :]
+    b_v = b_v.to(vectors.dtype.element_ty)
+    tl.store(vectors + (row * C)[:, None] + o_c[None, :], b_v, mask=there[:, None] & (o_c < C)[None, :])
+    if norm_bias is not None:
+        b_b = tl.load(norm_bias + o_c, mask=o_c < C, other=0.0).to(tl.float32)
+        b_level += tl.sum(b_f * b_b[None, :], 1)
+    p_s = sums + (row * tl.cdiv(C, BC) + i_c) * 2
+    tl.store(p_s, tl.sum(b_v.to(tl.float32), 1), mask=there)
+    tl.store(p_s + 1, b_level, mask=there)
 
 
 @triton.jit

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gspn2_kernels.merge import divide
-from gspn2_kernels.triton_local import convolve
+from gspn2_kernels.triton_local import Norm, add_up
 
 
 class Plan(NamedTuple):
@@ -36,31 +36,33 @@ class Plan(NamedTuple):
 
 
 def merge(
+    stream: Tensor,
+    statistics: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
     y: Tensor,
     weight: Tensor,
     lines: Sequence[int],
-    a: Tensor,
     filters: Tensor | None,
     share: Tensor | None,
     values: Tensor | None,
     row: Tensor,
-    residual: Tensor,
     gamma: Tensor | None,
     prefix_out: Tensor | None,
 ) -> Tensor:
     """Compute `gspn2::merge`, arguments as there."""
     grid = y.shape[1:3]
-    prefix = residual.shape[1] - grid[0] * grid[1]
-    out = torch.empty(residual.shape, dtype=residual.dtype, device=residual.device)
+    prefix = stream.shape[1] - grid[0] * grid[1]
+    out = torch.empty(stream.shape, dtype=stream.dtype, device=stream.device)
     if prefix_out is not None:
         scaled = prefix_out if gamma is None else gamma * prefix_out
-        torch.add(residual[:, :prefix], scaled, out=out[:, :prefix])
+        torch.add(stream[:, :prefix], scaled, out=out[:, :prefix])
     if share is None or values is None:
         base = F.linear(y.flatten(-2), divide(weight, lines))
     else:
         base = product(y, weight, lines, share, values)
-    a, residual, patches = (t[:, prefix:].unflatten(1, grid) for t in (a, residual, out))
-    convolve(a, filters, base, row, residual, gamma, out=patches)
+    patches, found, sums = (t[:, prefix:].unflatten(1, grid) for t in (stream, statistics.contiguous(), out))
+    add_up(patches, Norm(found, norm_weight, norm_bias), filters, base, row, gamma, sums)
     return out
 
 

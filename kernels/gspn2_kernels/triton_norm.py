@@ -1,11 +1,14 @@
-"""LayerNorm of tokens and, if wanted, the mean of the patches on a GPU by Triton, in one pass over memory.
+"""LayerNorm of tokens on a GPU by Triton, in one pass over memory: the normed tokens, or what norms each.
 
-A program goes through some tokens of an image, a token for each warp at a time. A warp keeps its token in registers,
-in chunks of channels (a tuple), so that the variance is that of differences from the mean and no number is read twice,
-while the next tokens are under way. Its sums for the mean stay in registers too. They end in a row for each program,
-and torch adds up the rows: always in the same order.
+A program goes through some tokens of an image, one or a few for each warp at a time. A warp keeps them in registers, in
+chunks of channels (a tuple), so that the variance is that of differences from the mean and no number is read twice,
+while the next tokens are under way. Its sums for the mean patch stay in registers too. They end in a row for each
+program, and one more kernel adds up the rows: always in the same order.
 
-Shapes: B batch, N tokens, C channels; a tile is BM tokens by chunks of BK channels.
+Others read the stream and norm it as they do, with `load_statistics` and `normed`: a token is 8 bytes more to read, and
+the normed ones are neither written nor read.
+
+Shapes: B batch, N tokens, P prefix tokens, C channels; a tile is BM tokens by chunks of BK channels.
 """
 
 # What kernels take are pointers, blocks and constants, of which only the last have types.
@@ -22,64 +25,89 @@ from gspn2_kernels.memory import VECTOR, batch_unit, by_token
 
 # How many channels, to those there are, chunks may hold before narrower ones cost less.
 MOST_PADDING = 1.125
-_RUNTIME = ("B", "N", "rows", "prefix", "sxb")
+# Rows that are added up at once, and channels of them.
+SUMMED_ROWS, SUMMED_CHANNELS = 32, 64
+_RUNTIME = ("B", "N", "P", "T", "rows", "sxb")
 
 
 class Plan(NamedTuple):
-    """Warps of a program, one token each, tokens under way for each, and programs that run at the same time."""
+    """Warps of a program, tokens of each at a time, how often those are under way, and programs that run at once."""
 
     warps: int = 4
+    tokens: int = 1
     stages: int = 4
     programs: int = 264
 
 
-def forward(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, prefix: int, *, chosen: Plan | None = None
-) -> tuple[Tensor, Tensor]:
-    """Compute a = layer_norm(x) and the mean of a over the patches.
+def norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *, chosen: Plan | None = None) -> Tensor:
+    """Compute layer_norm(x).
 
     Args:
         x: (B, N, C).
         weight: (C,), or None for 1.
         bias: (C,), or None for 0.
         eps: What is added to the variance.
-        prefix: Tokens before the patches.
         chosen: Constants of the kernel; by default those that were quickest on an H100.
 
     Returns:
-        a (B, N, C) and its mean (B, C), contiguous, in the dtype of x.
+        (B, N, C), contiguous, in the dtype of x.
     """
-    a, shares = _run(x, weight, bias, eps, prefix, chosen or Plan())
-    return a, (x.new_zeros(x.shape[0], x.shape[2]) if shares is None else shares.sum(0).to(x.dtype))
+    a = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if a.numel():
+        _run(x, weight, bias, eps, 0, chosen or Plan(), a=a)
+    return a
 
 
-def norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """Compute layer_norm(x); arguments as above."""
-    return _run(x, weight, bias, eps, None, Plan())[0]
+def statistics(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, prefix: int, *, chosen: Plan | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute what norms each token; arguments as above, and the number of tokens before the patches.
+
+    Returns:
+        The inverse of each token's deviation and its mean times that (B, N, 2) in fp32; of the normed tokens, in the
+        dtype of x, the prefix tokens (B, P, C) and the mean patch (B, C), 0 if there are no patches.
+    """
+    batch, tokens, channels = x.shape
+    found = torch.empty(batch, tokens, 2, dtype=torch.float32, device=x.device)
+    first = x.new_empty(batch, prefix, channels)
+    if x.numel() == 0:
+        return found, first, x.new_zeros(batch, channels)
+    mean = x.new_empty(batch, channels)
+    shares = _run(x, weight, bias, eps, prefix, chosen or Plan(), found=found, first=first)
+    blocks = triton.cdiv(channels, SUMMED_CHANNELS)
+    sum_kernel[(batch * blocks,)](
+        shares, mean, batch, len(shares), C=channels, BT=SUMMED_ROWS, BC=SUMMED_CHANNELS, num_warps=4
+    )
+    return found, first, mean
 
 
 def _run(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, prefix: int | None, chosen: Plan
-) -> tuple[Tensor, Tensor | None]:
-    """Compute layer_norm(x), and the programs' shares (programs, B, C) of the mean, None without a prefix or tokens."""
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    prefix: int,
+    chosen: Plan,
+    *,
+    a: Tensor | None = None,
+    found: Tensor | None = None,
+    first: Tensor | None = None,
+) -> Tensor:
+    """Write a; or what else is there, and return the programs' shares (programs, B, C) of the mean."""
     batch, tokens, channels = x.shape
-    a = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if a.numel() == 0:
-        return a, None
     x = by_token(x)
     weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
-    pieces = min(triton.cdiv(chosen.programs, batch), triton.cdiv(tokens, chosen.warps))
-    rows = triton.cdiv(tokens, pieces * chosen.warps) * chosen.warps
-    programs, shares = triton.cdiv(tokens, rows), None
-    if prefix is not None:
-        shares = torch.empty(programs, batch, channels, dtype=torch.float32, device=x.device)
-    unit = batch_unit(x)
+    step = chosen.warps * chosen.tokens
+    pieces = min(triton.cdiv(chosen.programs, batch), triton.cdiv(tokens, step))
+    rows = triton.cdiv(tokens, pieces * step) * step
+    programs, unit = triton.cdiv(tokens, rows), batch_unit(x)
+    shares = torch.empty(programs if a is None else 0, batch, channels, dtype=torch.float32, device=x.device)
     norm_kernel[(programs * batch,)](
-        x, weight, bias, a, shares, eps, batch, tokens, rows, prefix or 0, x.stride(0) // unit, C=channels,
-        SX=x.stride(1), UX=unit, BM=chosen.warps, BK=_chunk(channels, x.element_size()), NS=chosen.stages,
+        x, weight, bias, a, found, first, shares, eps, batch, tokens, prefix, rows, x.stride(0) // unit, C=channels,
+        SX=x.stride(1), UX=unit, BM=step, BK=_chunk(channels, x.element_size()), NS=chosen.stages,
         num_warps=chosen.warps,
     )  # fmt: skip
-    return a, shares
+    return shares
 
 
 def _chunk(channels: int, itemsize: int) -> int:
@@ -92,42 +120,89 @@ def _chunk(channels: int, itemsize: int) -> int:
 
 @triton.jit(do_not_specialize=_RUNTIME)
 def norm_kernel(
-    x, weight, bias, a, shares, eps, B, N, rows, prefix, sxb, C: tl.constexpr, SX: tl.constexpr, UX: tl.constexpr,
-    BM: tl.constexpr, BK: tl.constexpr, NS: tl.constexpr,
+    x, weight, bias, a, found, first, shares, eps, B, N, P, rows, sxb, C: tl.constexpr, SX: tl.constexpr,
+    UX: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, NS: tl.constexpr,
 ):  # fmt: skip
-    """Normalise `rows` tokens of an image, and write their share of the mean to a row of shares, if there are any."""
+    """Normalise `rows` tokens of an image and write them to a; or, without it, what norms them and their sums."""
     i = tl.program_id(0)
     # Images may lie further apart than 32 bits can tell, and so may tokens of one.
-    i_b, first = (i % B).to(tl.int64), i // B * rows
-    o_m = tl.arange(0, BM)
+    i_b, start = (i % B).to(tl.int64), i // B * rows
+    end, o_m = tl.minimum(start + rows, N), tl.arange(0, BM)
     b_w, b_b, b_s = _channels(weight, C, BM, BK), _channels(bias, C, BM, BK), _zeros(C, BM, BK)
-    p_x, p_a = x + i_b * sxb * UX, a + i_b * N * C
-    for m in tl.range(first, tl.minimum(first + rows, N), BM, num_stages=NS):
+    for m in tl.range(start, end, BM, num_stages=NS):
         o_row = m + o_m
-        b_x = _read(p_x, o_row.to(tl.int64) * SX, o_row < N, C, BK)
+        b_x = _read(x + i_b * sxb * UX, o_row.to(tl.int64) * SX, o_row < N, C, BK)
         mean, scale = _statistics(b_x, eps, C, BK)
-        b_n: tl.tuple = ()
-        for k in tl.static_range(len(b_x)):
-            o_c = k * BK + tl.arange(0, BK)
-            b_a = (b_x[k].to(tl.float32) - mean[:, None]) * scale[:, None]
-            if weight is not None:
-                b_a *= b_w[k].to(tl.float32)
-            if bias is not None:
-                b_a += b_b[k].to(tl.float32)
-            b_a = b_a.to(a.dtype.element_ty)
-            o_a = (o_row.to(tl.int64) * C)[:, None] + o_c[None, :]
-            tl.store(p_a + o_a, b_a, mask=(o_row < N)[:, None] & (o_c < C)[None, :])
-            if shares is not None:
-                patch = ((o_row >= prefix) & (o_row < N))[:, None]
-                b_n = b_n + (b_s[k] + tl.where(patch, b_a.to(tl.float32), 0.0),)
-        if shares is not None:
-            b_s = b_n
-    if shares is not None:
+        if a is not None:
+            _store(a, b_x, mean, scale, b_w, b_b, i_b * N + o_row, o_row < N, C, BK)
+        else:
+            tl.store(found + 2 * (i_b * N + o_row), scale, mask=o_row < N)
+            tl.store(found + 2 * (i_b * N + o_row) + 1, mean * scale, mask=o_row < N)
+            if m < P:
+                b_1, b_0 = _channels(weight, C, BM, BK), _channels(bias, C, BM, BK)
+                _store(first, b_x, mean, scale, b_1, b_0, i_b * P + o_row, o_row < P, C, BK)
+            b_s = _add(b_s, b_x, mean, scale, (o_row >= P) & (o_row < N))
+    if a is None:
+        patches = tl.maximum(end - tl.maximum(start, P), 0).to(tl.float32)
         # Of sums of none the share is 0.
-        share = 1.0 / tl.maximum(N - prefix, 1).to(tl.float32)
+        part = 1.0 / tl.maximum(N - P, 1).to(tl.float32)
         for k in tl.static_range(len(b_s)):
             o_c = k * BK + tl.arange(0, BK)
-            tl.store(shares + i.to(tl.int64) * C + o_c, tl.sum(b_s[k], 0) * share, mask=o_c < C)
+            b_a = affine((tl.sum(b_s[k], 0) * part)[None, :], weight, bias, o_c, C, patches * part)
+            tl.store(shares + i.to(tl.int64) * C + o_c[None, :], b_a, mask=o_c[None, :] < C)
+
+
+@triton.jit
+def affine(b_a, weight, bias, o_c, C: tl.constexpr, part=1.0):
+    """Scale each channel of rows, and add a part of its bias."""
+    if weight is not None:
+        b_a *= tl.load(weight + o_c, mask=o_c < C, other=0.0).to(tl.float32)[None, :]
+    if bias is not None:
+        b_a += part * tl.load(bias + o_c, mask=o_c < C, other=0.0).to(tl.float32)[None, :]
+    return b_a
+
+
+@triton.jit
+def load_statistics(found, o, there):
+    """Load what norms tokens: factors, and what to take away then; 0 for tokens that are not there."""
+    return tl.load(found + 2 * o, mask=there, other=0.0), tl.load(found + 2 * o + 1, mask=there, other=0.0)
+
+
+@triton.jit(do_not_specialize=("B", "T"))
+def sum_kernel(shares, mean, B, T, C: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):
+    """Add up T rows (T, B, C) for some channels of an image."""
+    i_b = (tl.program_id(0) // tl.cdiv(C, BC)).to(tl.int64)
+    o_c = tl.program_id(0) % tl.cdiv(C, BC) * BC + tl.arange(0, BC)
+    b_s = tl.zeros((BT, BC), tl.float32)
+    for t in tl.range(0, T, BT, num_stages=4):
+        o_t = t + tl.arange(0, BT)
+        there = (o_t < T)[:, None] & (o_c < C)[None, :]
+        b_s += tl.load(shares + ((o_t * B + i_b) * C)[:, None] + o_c[None, :], mask=there, other=0.0)
+    tl.store(mean + i_b * C + o_c, tl.sum(b_s, 0).to(mean.dtype.element_ty), mask=o_c < C)
+
+
+@triton.jit
+def _store(t, b_x, mean, scale, b_w, b_b, o_row, there, C: tl.constexpr, BK: tl.constexpr):
+    """Write normed rows, times a weight and with a bias where there are any."""
+    for k in tl.static_range(len(b_x)):
+        o_c = k * BK + tl.arange(0, BK)
+        b_a = (b_x[k].to(tl.float32) - mean[:, None]) * scale[:, None]
+        if len(b_w):
+            b_a *= b_w[k].to(tl.float32)
+        if len(b_b):
+            b_a += b_b[k].to(tl.float32)
+        p_t = t + (o_row * C)[:, None] + o_c[None, :]
+        tl.store(p_t, b_a.to(t.dtype.element_ty), mask=there[:, None] & (o_c < C)[None, :])
+
+
+@triton.jit
+def _add(b_s, b_x, mean, scale, there):
+    """Add to sums what is left of rows without the norm's weight and bias."""
+    b: tl.tuple = ()
+    for k in tl.static_range(len(b_x)):
+        b_a = (b_x[k].to(tl.float32) - mean[:, None]) * scale[:, None]
+        b = b + (b_s[k] + tl.where(there[:, None], b_a, 0.0),)
+    return b
 
 
 @triton.jit

@@ -24,6 +24,7 @@ from torch import Tensor
 from gspn2_kernels.memory import batch_unit, by_token
 from gspn2_kernels.prefix import share_columns
 from gspn2_kernels.triton_fold import SIDE, block, fold, project
+from gspn2_kernels.triton_norm import load_statistics
 
 # Most columns of the gate in a program unless one head has more.
 COLUMNS = 128
@@ -43,7 +44,10 @@ class Plan(NamedTuple):
 
 
 def forward(
-    x: Tensor,
+    stream: Tensor,
+    statistics: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
     projected: Tensor,
     qkv_weight: Tensor,
     qkv_bias: Tensor | None,
@@ -56,33 +60,46 @@ def forward(
     chosen: Plan | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute `gspn2::read_prefix`, arguments as there; `chosen` are the constants of the pass over the tokens."""
-    batch, tokens, channels = x.shape
+    batch, tokens, channels = stream.shape
     prefix, width = projected.shape[1:]
     columns = share_columns(prefix, heads)
-    share = x.new_empty(batch, tokens - prefix, columns)
-    if x.numel() == 0:
-        return x.new_empty(batch, prefix, width // 3), share, x.new_empty(batch, columns, channels)
-    vectors, level, values = fold(projected, qkv_weight, qkv_bias, proj_weight, log_sum_weight, heads, scale, columns)
-    pooled = _pool(by_token(x), vectors, level, log_sum_bias.contiguous(), share, chosen or _plan(x, prefix, heads))
+    share = projected.new_empty(batch, tokens - prefix, columns)
+    if stream.numel() == 0:
+        return projected.new_empty(batch, prefix, width // 3), share, projected.new_empty(batch, columns, channels)
+    norm = norm_weight, norm_bias
+    weights = qkv_weight, qkv_bias, proj_weight, log_sum_weight, log_sum_bias
+    vectors, sums, values = fold(projected, *weights, *norm, heads, scale, columns)
+    pooled = _pool(by_token(stream), statistics.contiguous(), norm, vectors, sums, share, heads, chosen)
     return project(pooled, qkv_weight, qkv_bias, heads), share, values
 
 
-def _pool(x: Tensor, vectors: Tensor, level: Tensor, log_sum_bias: Tensor, share: Tensor, chosen: Plan) -> Tensor:
+def _pool(
+    stream: Tensor,
+    statistics: Tensor,
+    norm: tuple[Tensor | None, ...],
+    vectors: Tensor,
+    sums: Tensor,
+    share: Tensor,
+    heads: int,
+    chosen: Plan | None,
+) -> Tensor:
     """Write the share, and pool the tokens for each prefix token and head (B, P h, C)."""
-    batch, tokens, channels = x.shape
-    tiles, columns, heads = triton.cdiv(tokens, chosen.tokens), level.shape[1], len(log_sum_bias)
+    batch, tokens, channels = stream.shape
+    columns = (vectors.shape[1] - heads) // 2
     prefix = columns // heads
+    chosen = chosen or _plan(vectors.dtype, prefix, heads)
+    tiles, unit = triton.cdiv(tokens, chosen.tokens), batch_unit(stream)
     places, group = _group(prefix, heads)
-    parts = torch.empty(batch, tiles, columns, channels, dtype=torch.float32, device=x.device)
-    top, total = torch.empty(2, batch, tiles, columns, dtype=torch.float32, device=x.device)
-    unit = batch_unit(x)
+    parts = torch.empty(batch, tiles, columns, channels, dtype=torch.float32, device=stream.device)
+    top, total = torch.empty(2, batch, tiles, columns, dtype=torch.float32, device=stream.device)
+    norm_weight, norm_bias = (None if t is None else t.contiguous() for t in norm)
     read_kernel[(batch * tiles * triton.cdiv(heads, group),)](
-        x, vectors, level, log_sum_bias, share, parts, top, total, tokens, tiles, x.stride(0) // unit, C=channels,
-        H=heads, P=prefix, S=share.shape[2], SX=x.stride(1), UX=unit, BM=chosen.tokens,
-        BC=block(channels, chosen.channels), HG=group, PG=triton.next_power_of_2(prefix + 1), PR=places,
-        NS=chosen.stages, num_warps=chosen.warps,
+        stream, statistics, norm_weight, norm_bias, vectors, sums, share, parts, top, total, tokens, tiles,
+        stream.stride(0) // unit, C=channels, H=heads, P=prefix, S=share.shape[2], SX=stream.stride(1), UX=unit,
+        BM=chosen.tokens, BC=block(channels, chosen.channels), HG=group, PG=triton.next_power_of_2(prefix + 1),
+        PR=places, NB=sums.shape[2], NS=chosen.stages, num_warps=chosen.warps,
     )  # fmt: skip
-    pooled = x.new_empty(batch, columns, channels)
+    pooled = vectors.new_empty(batch, columns, channels)
     # Of few tiles a program joins more channels: a block is as large, or small images would wait for launches.
     joined = min(JOINED, triton.next_power_of_2(tiles))
     piece = block(channels, 128 * JOINED // joined)
@@ -93,11 +110,11 @@ def _pool(x: Tensor, vectors: Tensor, level: Tensor, log_sum_bias: Tensor, share
     return pooled
 
 
-def _plan(x: Tensor, prefix: int, heads: int) -> Plan:
+def _plan(dtype: torch.dtype, prefix: int, heads: int) -> Plan:
     """Choose what registers have room for, where products of fp32 keep all they multiply."""
     if prefix >= COLUMNS:
         return Plan(16, 16, 8, 1)
-    if x.dtype == torch.float32:
+    if dtype == torch.float32:
         return Plan(32, 32, 8, 2)
     return Plan(64, 64, 8, 4) if math.prod(_group(prefix, heads)) > 32 else Plan(128, 64, 4, 4)
 
@@ -111,16 +128,19 @@ def _group(prefix: int, heads: int) -> tuple[int, int]:
 
 @triton.jit(do_not_specialize=_RUNTIME)
 def read_kernel(
-    x, vectors, level, log_sum_bias, share, parts, top, total, N, T, sxb, C: tl.constexpr, H: tl.constexpr,
-    P: tl.constexpr, S: tl.constexpr, SX: tl.constexpr, UX: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
-    HG: tl.constexpr, PG: tl.constexpr, PR: tl.constexpr, NS: tl.constexpr,
+    x, statistics, norm_weight, norm_bias, vectors, sums, share, parts, top, total, N, T, sxb, C: tl.constexpr,
+    H: tl.constexpr, P: tl.constexpr, S: tl.constexpr, SX: tl.constexpr, UX: tl.constexpr, BM: tl.constexpr,
+    BC: tl.constexpr, HG: tl.constexpr, PG: tl.constexpr, PR: tl.constexpr, NB: tl.constexpr, NS: tl.constexpr,
 ):  # fmt: skip
-    """Score a tile of tokens for some heads: write its share, and pool it for the prefix tokens."""
+    """Score a tile of tokens for some heads: write its share, and pool it for the prefix tokens.
+
+    Tokens are multiplied as they are; scores and sums are normed instead of them.
+    """
     i_g, i = tl.program_id(0) % tl.cdiv(H, HG), tl.program_id(0) // tl.cdiv(H, HG)
     # Images may lie further apart than 32 bits can tell, and so may tokens of one.
     i_b, o_m = (i // T).to(tl.int64), i % T * BM + tl.arange(0, BM)
     p_x = x + i_b * sxb * UX + (o_m.to(tl.int64) * SX)[:, None]
-    p_v = vectors + i_b * ((2 * P + 1) * H * C)
+    p_v, p_s = vectors + i_b * ((2 * P + 1) * H * C), sums + i_b * ((2 * P + 1) * H * NB * 2)
     row_g, there_g = _columns(i_g, P + 1, H, HG, PG)
     row_r, there_r = _columns(i_g, P, H, HG, PR)
     b_g, b_r = tl.zeros((BM, HG * PG), tl.float32), tl.zeros((BM, HG * PR), tl.float32)
@@ -129,21 +149,45 @@ def read_kernel(
         b_x = tl.load(p_x + o_c[None, :], mask=(o_m < N)[:, None] & (o_c < C)[None, :], other=0.0)
         b_g = _score(b_g, b_x, p_v, row_g, there_g, o_c, C)
         b_r = _score(b_r, b_x, p_v, (P + 1) * H + row_r, there_r, o_c, C)
-    b_g += tl.load(level + i_b * (P * H) + row_g, mask=there_g & (row_g < P * H), other=0.0)[None, :]
-    b_g += tl.load(log_sum_bias + row_g - P * H, mask=there_g & (row_g >= P * H), other=0.0).to(tl.float32)[None, :]
+    b_f, b_m = load_statistics(statistics, i_b * N + o_m, o_m < N)
+    b_g = _normed(b_g, b_f, b_m, p_s, row_g, there_g, NB)
     _store_share(share, b_g, i_g, i_b, o_m, N, H, P, S, BM, HG, PG)
+    b_r = _normed(b_r, b_f, b_m, p_s, (P + 1) * H + row_r, there_r, NB)
     b_r = tl.where((o_m < N)[:, None], b_r * LOG2_E, float("-inf"))
     b_top = tl.max(b_r, 0)
+    b_w = (tl.exp2(b_r - b_top[None, :]) * b_f[:, None]).to(vectors.dtype.element_ty)
     # The sum is that of the rounded weights, so that they are a mean of the tokens, whatever those have in common.
-    b_w = tl.exp2(b_r - b_top[None, :]).to(x.dtype.element_ty)
+    b_p = tl.where((o_m < N)[:, None], b_w.to(tl.float32) / b_f[:, None], 0.0)
+    b_total, b_mean = tl.sum(b_p, 0), tl.sum(b_p * b_m[:, None], 0)
     o_r = i.to(tl.int64) * (P * H) + row_r
     tl.store(top + o_r, b_top, mask=there_r)
-    tl.store(total + o_r, tl.sum(b_w.to(tl.float32), 0), mask=there_r)
+    tl.store(total + o_r, b_total, mask=there_r)
     for k in tl.range(0, C, BC, num_stages=NS):
         o_c = k + tl.arange(0, BC)
         b_x = tl.load(p_x + o_c[None, :], mask=(o_m < N)[:, None] & (o_c < C)[None, :], other=0.0)
-        b_p = tl.dot(tl.trans(b_x), b_w, input_precision="ieee")
-        tl.store(parts + (o_r * C)[None, :] + o_c[:, None], b_p, mask=there_r[None, :] & (o_c < C)[:, None])
+        b_a = tl.dot(tl.trans(b_x.to(b_w.dtype)), b_w, input_precision="ieee") - b_mean[None, :]
+        b_a = _affine(b_a, norm_weight, norm_bias, b_total, o_c, C)
+        tl.store(parts + (o_r * C)[None, :] + o_c[:, None], b_a, mask=there_r[None, :] & (o_c < C)[:, None])
+
+
+@triton.jit
+def _normed(b_s, b_f, b_m, p_s, row, there, NB: tl.constexpr):
+    """Norm the scores of tokens: factor, mean, and the constant of each column, which come in NB parts."""
+    b_v, b_c = tl.zeros(there.shape, tl.float32), tl.zeros(there.shape, tl.float32)
+    for k in tl.static_range(NB):
+        b_v += tl.load(p_s + (row * NB + k) * 2, mask=there, other=0.0)
+        b_c += tl.load(p_s + (row * NB + k) * 2 + 1, mask=there, other=0.0)
+    return b_s * b_f[:, None] - b_m[:, None] * b_v[None, :] + b_c[None, :]
+
+
+@triton.jit
+def _affine(b_a, weight, bias, b_total, o_c, C: tl.constexpr):
+    """Scale each channel of sums, and add its bias as often as tokens were added up."""
+    if weight is not None:
+        b_a *= tl.load(weight + o_c, mask=o_c < C, other=0.0).to(tl.float32)[:, None]
+    if bias is not None:
+        b_a += tl.load(bias + o_c, mask=o_c < C, other=0.0).to(tl.float32)[:, None] * b_total[None, :]
+    return b_a
 
 
 @triton.jit
@@ -158,7 +202,7 @@ def _columns(i_g, P: tl.constexpr, H: tl.constexpr, HG: tl.constexpr, PG: tl.con
 def _score(b_s, b_x, p_v, row, there, o_c, C: tl.constexpr):
     """Add to scores what some channels bring."""
     b_v = tl.load(p_v + (row * C)[:, None] + o_c[None, :], mask=there[:, None] & (o_c < C)[None, :], other=0.0)
-    return tl.dot(b_x, tl.trans(b_v), b_s, input_precision="ieee")
+    return tl.dot(b_x.to(b_v.dtype), tl.trans(b_v), b_s, input_precision="ieee")
 
 
 @triton.jit

@@ -13,13 +13,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gspn2_kernels.merge import divide, merge
 from gspn2_kernels.testing import TOLERANCES, assert_close
+from helpers.norms import NORM, draw_norm, normed, unwritten
 
 pytest.importorskip("triton")
 kernels = pytest.importorskip("gspn2_kernels.triton_merge")
+convolution = pytest.importorskip("gspn2_kernels.triton_local")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-WIDE = ("residual", "gamma")
+WIDE = (*NORM, "gamma")
 LINES = (3, 7)
 # (B, H, W, C, R, S, P)
 CASES = [
@@ -30,30 +32,40 @@ CASES = [
     pytest.param((1, 4, 4, 16, 8, 3, 0), id="no prefix"),
     pytest.param((2, 12, 11, 136, 33, 17, 2), id="ragged tiles of the product"),
 ]
-ROUTES = pytest.mark.parametrize("route", [merge, torch.ops.gspn2.merge], ids=["function", "op"])
+
+
+def plain(*arguments: Any) -> Tensor:
+    """The public function on normed tokens that are written, with the op's arguments."""
+    stream, statistics, weight, bias, y, *others = arguments
+    tokens = normed(stream, weight, bias).to(y.dtype)
+    return merge(unwritten(stream, statistics, weight, bias)._replace(tokens=tokens), y, *others)
+
+
+def fused(*arguments: Any) -> Tensor:
+    """The same on normed tokens that are not."""
+    return merge(unwritten(*arguments[:4]), *arguments[4:])
+
+
+ROUTES = pytest.mark.parametrize("route", [plain, fused, torch.ops.gspn2.merge], ids=["plain", "function", "op"])
 
 
 def draw(shape: tuple[int, ...], dtype: torch.dtype, device: str = DEVICE) -> dict[str, Any]:
-    """All that the op takes; nothing has mean 0, a and residual are every second row of a longer tensor."""
+    """All that the op takes; nothing has mean 0, the stream is every second row of a longer tensor."""
     batch, height, width, channels, scanned, columns, prefix = shape
     generator = torch.Generator().manual_seed(0)
 
     def normal(*size: int) -> Tensor:
         return (torch.randn(size, generator=generator, dtype=torch.float64) + 0.5).to(device, dtype)
 
-    def tokens() -> Tensor:
-        return normal(batch, prefix + height * width, 2, channels)[:, :, 0]
-
     return {
+        **draw_norm(normal(batch, prefix + height * width, 2, channels)[:, :, 0]),
         "y": normal(batch, height, width, 4, scanned),
         "weight": normal(channels, 4 * scanned),
         "lines": LINES,
-        "a": tokens(),
         "filters": normal(channels, 1, 3, 3),
         "share": normal(batch, height * width, columns),
         "values": normal(batch, columns, channels),
         "row": normal(batch, channels),
-        "residual": tokens(),
         "gamma": normal(channels),
         "prefix_out": normal(batch, prefix, channels) if prefix else None,
     }
@@ -66,12 +78,13 @@ def reference(drawn: dict[str, Any]) -> Tensor:
     lines = t["y"].new_tensor(t["lines"])[[0, 0, 1, 1], None]
     out = (t["y"] / lines).flatten(3).flatten(1, 2) @ t["weight"].T + t["row"][:, None]
     if t["filters"] is not None:
-        patches = t["a"][:, prefix:].unflatten(1, grid).permute(0, 3, 1, 2)
+        a = normed(*(drawn[name] for name in ("stream", "norm_weight", "norm_bias")))
+        patches = a[:, prefix:].unflatten(1, grid).permute(0, 3, 1, 2)
         out = out + F.conv2d(patches, t["filters"], padding=1, groups=len(t["filters"])).flatten(2).mT
     if t["share"] is not None:
         out = out + t["share"] @ t["values"]
     out = out if t["prefix_out"] is None else torch.cat([t["prefix_out"], out], 1)
-    return t["residual"] + (out if t["gamma"] is None else out * t["gamma"])
+    return t["stream"] + (out if t["gamma"] is None else out * t["gamma"])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -86,7 +99,7 @@ def test_kernel_is_the_sum(shape, dtype: torch.dtype) -> None:
 
 
 class Merge(torch.nn.Module):
-    forward = staticmethod(merge)
+    forward = staticmethod(plain)
 
 
 @pytest.mark.parametrize("missing", [(), ("share", "values")], ids=["all", "no share"])
@@ -98,21 +111,22 @@ def test_an_export_gives_the_sum(shape, missing: tuple[str, ...]) -> None:
 
 
 PARTS = ("filters", "share", "values", "gamma")
+MISSING = [("filters",), ("share", "values"), ("gamma",), PARTS, ("norm_weight",), ("norm_bias",), NORM[2:]]
 
 
-@pytest.mark.parametrize("missing", [("filters",), ("share", "values"), ("gamma",), PARTS])
+@pytest.mark.parametrize("missing", MISSING, ids=" ".join)
 def test_parts_may_be_missing(missing: tuple[str, ...]) -> None:
     drawn = draw((2, 3, 5, 24, 4, 6, 1), torch.float32) | dict.fromkeys(missing)
     expected = reference(drawn)
     assert_close("kernel", expected, kernels.merge(**drawn))
-    assert_close("function", expected, merge(**drawn))
+    assert_close("function", expected, plain(*drawn.values()))
 
 
-def test_residual_may_be_wider_than_the_rest() -> None:
+def test_stream_may_be_wider_than_the_rest() -> None:
     """As under autocast: the stream and LayerScale in fp32, what the projections give in fp16."""
     shape = (1, 3, 4, 16, 4, 2, 1)
     drawn = draw(shape, torch.float16) | {name: draw(shape, torch.float32)[name] for name in WIDE}
-    for name, out in (("kernel", kernels.merge(**drawn)), ("function", merge(**drawn))):
+    for name, out in (("kernel", kernels.merge(**drawn)), ("function", plain(*drawn.values()))):
         assert out.dtype == torch.float32
         assert_close(name, reference(drawn), out, TOLERANCES[torch.float16])
 
@@ -127,7 +141,7 @@ def test_poison_around_an_image_stays_outside() -> None:
     """Neither other images nor what lies between the rows of a slice is read."""
     drawn = draw((3, 3, 5, 16, 4, 2, 1), torch.float32)
     expected = reference(drawn)[1]
-    for name in ("a", "residual", "y", "share", "values", "row"):
+    for name in ("stream", "statistics", "y", "share", "values", "row"):
         drawn[name][::2] = float("nan")
     assert_close("out", expected, kernels.merge(**drawn)[1])
 
@@ -144,13 +158,29 @@ def test_two_runs_give_equal_bits() -> None:
 )
 def test_kernel_on_grids_of_real_models(shape, dtype: torch.dtype) -> None:
     drawn = draw(shape, dtype)
-    assert_close("out", reference(drawn), merge(**drawn), None if dtype == torch.float32 else 2 * TOLERANCES[dtype])
+    out = fused(*drawn.values())
+    assert_close("out", reference(drawn), out, None if dtype == torch.float32 else 2 * TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize("chosen", [convolution.Plan(3), convolution.Plan(5, 8, vector=16)], ids=str)
+@pytest.mark.parametrize("shape", CASES)
+def test_any_tile_will_do(shape, chosen, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(convolution, "_plan", lambda _: chosen)
+    drawn = draw(shape, torch.float32)
+    assert_close("out", reference(drawn), kernels.merge(**drawn))
+
+
+def test_rows_far_from_zero() -> None:
+    """Differences of neighbours on a stream with a mean of 100, whose norm adds as much again."""
+    drawn = draw((2, 3, 7, 20, 5, 6, 3), torch.float32)
+    drawn |= draw_norm(drawn["stream"] + 100) | {"norm_bias": drawn["norm_bias"] + 100}
+    assert_close("out", reference(drawn), kernels.merge(**drawn))
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCES), ids=str)
 def test_function_is_the_sum(dtype: torch.dtype) -> None:
     drawn = draw((2, 5, 3, 20, 5, 6, 3), dtype)
-    out = merge(**drawn)
+    out = plain(*drawn.values())
     assert out.dtype == dtype
     assert out.is_contiguous()
     # Plain torch rounds each of the sums.
@@ -178,14 +208,12 @@ BAD = [
     ("y", lambda t: t.int(), r"y has dtype torch.int32, expected one of torch.float64, "),
     ("weight", lambda t: t[:, :5], r"weight has shape \(8, 5\), expected \(C, 4 R\) = \(8, 8\)"),
     ("lines", lambda t: t[:1], r"lines are \(3,\), expected two numbers"),
-    ("a", lambda t: t[:, 1:], r"a has shape \(2, 15, 8\), expected \(B, N, C\) = \(2, 16, 8\)"),
     ("filters", lambda t: t.half(), r"filters of shape \(8, 1, 3, 3\) has dtype torch.float16, expected torch.float32"),
     ("share", lambda t: t[:, 1:], r"share has shape \(2, 14, 3\), expected \(B, H W, S\) = \(2, 15, 3\)"),
     ("values", lambda t: None, r"share and values belong together"),
     ("row", lambda t: t.to("meta"), r"row of shape \(2, 8\) is on meta, expected "),
-    ("residual", lambda t: t.double(), r"residual of shape .* has dtype torch.float64, expected torch.float32"),
     ("gamma", lambda t: t[:, None], r"gamma has shape \(8, 1\), expected \(C,\) = \(8,\)"),
-    ("prefix_out", lambda t: None, r"residual has shape \(2, 16, 8\), expected \(B, N, C\) = \(2, 15, 8\)"),
+    ("prefix_out", lambda t: None, r"stream has shape \(2, 16, 8\), expected \(B, N, C\) = \(2, 15, 8\)"),
 ]
 
 
@@ -196,6 +224,14 @@ def test_bad_inputs_are_named(route, name: str, edit, message: str) -> None:
     drawn[name] = edit(drawn[name])
     with pytest.raises(ValueError, match=message):
         route(*drawn.values())
+
+
+def test_bad_streams_are_named() -> None:
+    drawn = draw((2, 3, 5, 8, 2, 3, 1), torch.float32)
+    with pytest.raises(ValueError, match=r"statistics has shape \(2, 15, 2\), expected \(B, N, 2\) = \(2, 16, 2\)"):
+        fused(*(drawn | {"statistics": drawn["statistics"][:, 1:]}).values())
+    with pytest.raises(ValueError, match=r"stream of shape .* has dtype torch.float64, expected torch.float32"):
+        plain(*(drawn | {"stream": drawn["stream"].double()}).values())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -1,4 +1,4 @@
-"""LayerNorm of tokens and its mean against fp64: the kernel, in the interpreter or on a GPU, the op.
+"""LayerNorm of tokens, what norms them, and their mean against fp64: the kernels, interpreted or on a GPU, the ops.
 
 Shapes: B batch, N tokens, P prefix tokens, C channels.
 """
@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gspn2_kernels.norm import layer_norm, norm_mean
+from gspn2_kernels import Normed
+from gspn2_kernels.norm import layer_norm, norm_tokens
 from gspn2_kernels.testing import TOLERANCES, assert_close
 from helpers.layouts import OF_TOKENS
 
@@ -17,7 +18,7 @@ kernels = pytest.importorskip("gspn2_kernels.triton_norm")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS = 1e-6
-NAMES = ("a", "mean")
+NAMES = ("statistics", "first", "mean")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # A program takes 4 tokens at a time, a chunk up to 256 channels of two bytes or 128 of four.
 CASES = [
@@ -27,7 +28,7 @@ CASES = [
     pytest.param((1, 18, 5), 17, id="whole tile of prefix, odd sizes"),
     pytest.param((1, 3, 256), 1, id="one wide chunk"),
 ]
-ROUTES = pytest.mark.parametrize("function", [norm_mean, torch.ops.gspn2.norm_mean], ids=["function", "op"])
+ROUTES = pytest.mark.parametrize("function", [norm_tokens, torch.ops.gspn2.norm_statistics], ids=["function", "op"])
 
 
 def draw(
@@ -44,60 +45,78 @@ def draw(
     return x, weight, bias, EPS
 
 
-def reference(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, prefix: int) -> tuple[Tensor, Tensor]:
+def reference(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """Compute in fp64, rounded nowhere."""
     x, weight, bias = (None if t is None else t.double() for t in (x, weight, bias))
-    a = F.layer_norm(x, x.shape[2:], weight, bias, eps)
-    return a, a[:, prefix:].sum(1) / max(1, x.shape[1] - prefix)
+    return F.layer_norm(x, x.shape[2:], weight, bias, eps)
 
 
-def check(
-    inputs: tuple,
-    prefix: int,
-    actual: tuple[Tensor, ...],
-    tolerance: float | None = None,
-    mean_tolerance: float | None = None,
-) -> None:
-    """Compare a with fp64, and the mean with that, in fp64, of the a that came out."""
-    x, *_ = inputs
-    a, mean = actual
-    for out in actual:
-        assert out.dtype == x.dtype
+def of_patches(a: Tensor, prefix: int) -> Tensor:
+    return a[:, prefix:].double().sum(1) / max(1, a.shape[1] - prefix)
+
+
+def check(inputs: tuple, prefix: int, actual: tuple[Tensor, ...], tolerance: float | None = None) -> None:
+    """Compare statistics, prefix tokens and mean with fp64."""
+    x, _, _, eps = inputs
+    deviation = (x.double().var(2, correction=0) + eps).sqrt()
+    a = reference(*inputs)
+    statistics, first, mean = actual
+    assert (statistics.dtype, first.dtype, mean.dtype) == (torch.float32, x.dtype, x.dtype)
+    assert all(out.is_contiguous() for out in actual)
+    factor, shift = statistics.double().unbind(2)
+    assert_close("factor", 1 / deviation, factor, 1e-6)
+    # What they are for: differences from the mean, which is rounded to fp32.
+    exact, limit = reference(x, None, None, eps), 1e-6 + 2**-24 * float(shift.abs().max())
+    assert_close("normed", exact, x.double() * factor[..., None] - shift[..., None], limit)
+    assert_close("first", kernels.norm(*inputs)[:, :prefix], first)
+    assert_close("mean", of_patches(a, prefix), mean, tolerance)
+
+
+def check_plain(inputs: tuple, prefix: int, actual: Normed, *tolerances: float | None) -> None:
+    """Compare normed tokens with fp64, and their mean with that, in fp64, of the tokens that came out."""
+    assert actual.statistics is None
+    assert actual.tokens is not None
+    for out in (actual.tokens, actual.mean):
+        assert out.dtype == inputs[0].dtype
         assert out.is_contiguous()
-    assert_close("a", reference(*inputs, prefix)[0], a, tolerance)
-    assert_close("mean", a[:, prefix:].double().sum(1) / max(1, a.shape[1] - prefix), mean, mean_tolerance)
+    assert_close("tokens", reference(*inputs), actual.tokens, tolerances[0] if tolerances else None)
+    assert_close("mean", of_patches(actual.tokens, prefix), actual.mean, *tolerances[1:])
+    assert torch.equal(actual.first, actual.tokens[:, :prefix])
+    assert torch.equal(actual.written(), actual.tokens)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("shape", "prefix"), CASES)
-def test_kernel_is_norm_and_mean(shape, prefix: int, dtype: torch.dtype) -> None:
+def test_kernel_finds_what_norms_tokens(shape, prefix: int, dtype: torch.dtype) -> None:
     inputs = draw(shape, dtype)
-    check(inputs, prefix, kernels.forward(*inputs, prefix))
+    check(inputs, prefix, kernels.statistics(*inputs, prefix))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("shape", "prefix"), [*CASES, ((0, 5, 24), 0), ((2, 0, 24), 0)])
-def test_norm_alone_is_that_of_norm_and_mean(shape, prefix: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("shape", [*(case.values[0] for case in CASES), (0, 5, 24), (2, 0, 24)], ids=str)
+def test_kernel_is_the_norm(shape, dtype: torch.dtype) -> None:
     inputs = draw(shape, dtype)
-    expected, _ = kernels.forward(*inputs, prefix)
-    assert torch.equal(kernels.norm(*inputs), expected)
-    assert torch.equal(torch.ops.gspn2.layer_norm(*inputs), expected)
-    assert_close("function", reference(*inputs, prefix)[0], layer_norm(*inputs))
+    expected, actual = reference(*inputs), kernels.norm(*inputs)
+    assert (actual.dtype, actual.is_contiguous()) == (dtype, True)
+    assert_close("kernel", expected, actual)
+    assert torch.equal(torch.ops.gspn2.layer_norm(*inputs), actual)
+    assert_close("function", expected, layer_norm(*inputs))
 
 
 # The mean itself has a rounding error, of half a unit in the last place at least, beside a deviation of 1: in fp32 of
-# 4e-6 at 100. The differences from it are exact where x is two-byte, whatever the mean.
+# 4e-6 at 100, and so has its product with the factor. The differences from it are exact where x is two-byte.
 @pytest.mark.parametrize(
     ("dtype", "shift", "tolerance"),
     [(torch.float32, 100, 1e-5), (torch.bfloat16, 2, None), (torch.float16, 100, None)],
 )
 def test_variance_is_that_of_differences(dtype: torch.dtype, shift: float, tolerance: float | None) -> None:
     inputs = draw((2, 17, 192), dtype, shift=shift)
-    check(inputs, 1, kernels.forward(*inputs, 1), tolerance)
+    check(inputs, 1, kernels.statistics(*inputs, 1), tolerance)
+    assert_close("norm", reference(*inputs), kernels.norm(*inputs), tolerance)
 
 
 class Norm(torch.nn.Module):
-    forward = staticmethod(norm_mean)
+    forward = staticmethod(norm_tokens)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -113,14 +132,15 @@ def test_an_export_sums_as_many_tokens_as_fp16_cannot_count() -> None:
 def check_export(inputs: tuple, prefix: int) -> None:
     program = torch.export.export(Norm(), (*inputs, prefix))
     # The product rounds a sum, and then the mean.
-    check(inputs, prefix, program.module()(*inputs, prefix), mean_tolerance=2 * TOLERANCES[inputs[0].dtype])
+    check_plain(inputs, prefix, program.module()(*inputs, prefix), None, 2 * TOLERANCES[inputs[0].dtype])
 
 
 @pytest.mark.parametrize("missing", [(1,), (2,), (1, 2)], ids=["no weight", "no bias", "neither"])
 def test_norm_without_parameters(missing: tuple[int, ...]) -> None:
     inputs = tuple(None if i in missing else t for i, t in enumerate(draw((2, 5, 40), torch.float32)))
-    check(inputs, 1, kernels.forward(*inputs, 1))
-    check(inputs, 1, norm_mean(*inputs, 1))
+    check(inputs, 1, kernels.statistics(*inputs, 1))
+    assert_close("norm", reference(*inputs), kernels.norm(*inputs))
+    assert_close("function", reference(*inputs), norm_tokens(*inputs, 1).written())
 
 
 LAYOUTS = OF_TOKENS | {"one token for all": lambda t: t[:1, :1].expand(2, 7, -1)}
@@ -131,47 +151,49 @@ def test_layouts_of_x(view) -> None:
     x, weight, bias, eps = draw((2, 7, 24), torch.float16)
     inputs = view(x), weight.repeat(2).view(24, 2).T.flatten()[::2], bias, eps
     assert not inputs[0].is_contiguous()
-    check(inputs, 1, kernels.forward(*inputs, 1))
+    check(inputs, 1, kernels.statistics(*inputs, 1))
+    assert_close("norm", reference(*inputs), kernels.norm(*inputs))
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 24), (2, 0, 24)], ids=str)
 def test_nothing_to_normalise(shape) -> None:
     batch, tokens, channels = shape
     inputs = draw(shape, torch.bfloat16)
-    for out in (kernels.forward(*inputs, 0), norm_mean(*inputs, 0)):
-        assert [t.shape for t in out] == [(batch, tokens, channels), (batch, channels)]
-        assert not out[1].any()
+    statistics, first, mean = kernels.statistics(*inputs, 0)
+    assert [t.shape for t in (statistics, first)] == [(batch, tokens, 2), (batch, 0, channels)]
+    for out in (mean, norm_tokens(*inputs, 0).mean):
+        assert out.shape == (batch, channels)
+        assert not out.any()
 
 
 def test_mean_of_no_patches_is_zero() -> None:
     inputs = draw((2, 3, 24), torch.float32)
-    for function in (kernels.forward, norm_mean):
-        actual = function(*inputs, 3)
-        check(inputs, 3, actual)
-        assert not actual[1].any()
+    for mean in (kernels.statistics(*inputs, 3)[2], norm_tokens(*inputs, 3).mean):
+        assert not mean.any()
 
 
 def test_two_runs_give_equal_bits() -> None:
     inputs = draw((2, 35, 40), torch.float16)
-    runs = [kernels.forward(*inputs, 1) for _ in range(2)]
+    runs = [kernels.statistics(*inputs, 1) for _ in range(2)]
     assert all(torch.equal(first, second) for first, second in zip(*runs, strict=True))
 
 
-@pytest.mark.parametrize("chosen", [kernels.Plan(4, 2, 1), kernels.Plan(8, 2, 7), kernels.Plan(8, 3, 1000)])
+@pytest.mark.parametrize("chosen", [kernels.Plan(4, 1, 2, 1), kernels.Plan(8, 2, 2, 7), kernels.Plan(2, 4, 3, 1000)])
 def test_programs_share_the_tokens(chosen) -> None:
     inputs = draw((2, 35, 72), torch.float16)
-    check(inputs, 1, kernels.forward(*inputs, 1, chosen=chosen))
+    check(inputs, 1, kernels.statistics(*inputs, 1, chosen=chosen))
+    assert_close("norm", reference(*inputs), kernels.norm(*inputs, chosen=chosen))
 
 
 def test_poison_around_tokens_stays_outside() -> None:
     """No other image, no other token is seen, and no prefix token in the mean."""
     inputs = draw((3, 19, 24), torch.float16)
-    expected = kernels.forward(*inputs, 2)
+    expected = kernels.statistics(*inputs, 2)
     inputs[0][::2] = float("nan")
     inputs[0][:, 0] = float("nan")
-    actual = kernels.forward(*inputs, 2)
-    assert torch.equal(expected[0][1, 1:], actual[0][1, 1:])
-    assert torch.equal(expected[1][1], actual[1][1])
+    for before, after in zip(expected, kernels.statistics(*inputs, 2), strict=True):
+        kept = slice(None) if before.ndim == 2 else slice(1, None)
+        assert torch.equal(before[1][kept], after[1][kept])
 
 
 @pytest.mark.parametrize(
@@ -187,48 +209,49 @@ def test_chunks_hold_little_padding(channels: int, itemsize: int, chunk: int) ->
 @pytest.mark.parametrize("shape", [(64, 197, 768), (3, 1370, 384), (2, 5476, 1152)], ids=str)
 def test_kernel_on_tokens_of_real_models(shape, dtype: torch.dtype) -> None:
     inputs = draw(shape, dtype)
-    check(inputs, 1, kernels.forward(*inputs, 1))
-    runs = [norm_mean(*inputs, 1) for _ in range(2)]
+    normed = [norm_tokens(*inputs, 1) for _ in range(2)]
+    assert all(one.tokens is None for one in normed)
+    runs = [[getattr(one, name) for name in NAMES] for one in normed]
     check(inputs, 1, runs[0])
     assert all(torch.equal(first, second) for first, second in zip(*runs, strict=True))
+    assert_close("written", reference(*inputs), normed[0].written())
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCES), ids=str)
 def test_function_is_norm_and_mean(dtype: torch.dtype) -> None:
     inputs = draw((2, 7, 24), dtype)
-    check(inputs, 1, norm_mean(*inputs, 1))
-    # What all the roundings of a come to, beside the one of a result.
-    for name, ref, out in zip(NAMES, reference(*inputs, 1), norm_mean(*inputs, 1), strict=True):
-        assert_close(name, ref, out, 2 * TOLERANCES[dtype])
+    check_plain(inputs, 1, norm_tokens(*inputs, 1))
 
 
 def test_opcheck() -> None:
     inputs = draw((2, 3, 24), torch.float32)
-    torch.library.opcheck(torch.ops.gspn2.norm_mean.default, (*inputs, 1))
-    torch.library.opcheck(torch.ops.gspn2.norm_mean.default, (inputs[0], None, None, EPS, 0))
+    torch.library.opcheck(torch.ops.gspn2.norm_statistics.default, (*inputs, 1))
+    torch.library.opcheck(torch.ops.gspn2.norm_statistics.default, (inputs[0], None, None, EPS, 0))
     torch.library.opcheck(torch.ops.gspn2.layer_norm.default, inputs)
 
 
-@ROUTES
-def test_autocast_leaves_it_alone(function) -> None:
+def test_autocast_leaves_it_alone() -> None:
     inputs = draw((2, 3, 24), torch.float32)
     with torch.autocast(DEVICE, torch.bfloat16):
-        check(inputs, 1, function(*inputs, 1))
+        check(inputs, 1, torch.ops.gspn2.norm_statistics(*inputs, 1))
+        assert_close("function", reference(*inputs), norm_tokens(*inputs, 1).written())
 
 
 def test_compiles_as_one_graph() -> None:
     torch._dynamo.reset()
-    for function in (norm_mean, torch.ops.gspn2.norm_mean):
-        compiled = torch.compile(lambda *t, f=function: f(*t), fullgraph=True, dynamic=True, backend="aot_eager")
+    functions = (lambda *t: norm_tokens(*t).mean), (lambda *t: torch.ops.gspn2.norm_statistics(*t)[2])
+    for function in functions:
+        compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
         for tokens in (5, 9):
             inputs = draw((2, tokens, 24), torch.float32)
-            check(inputs, 1, compiled(*inputs, 1))
+            assert_close("mean", of_patches(reference(*inputs), 1), compiled(*inputs, 1))
 
 
 def test_exports_as_standard_operators() -> None:
     class Exported(torch.nn.Module):
         def forward(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-            return norm_mean(x, weight, None, EPS, 1)
+            normed = norm_tokens(x, weight, None, EPS, 1)
+            return normed.written(), normed.mean
 
     x, weight, *_ = draw((2, 5, 24), torch.float32)
     sizes = ({0: torch.export.Dim("batch", min=1), 1: torch.export.Dim("tokens", min=3)}, None)
@@ -237,7 +260,9 @@ def test_exports_as_standard_operators() -> None:
     assert "aten.layer_norm.default" in targets
     assert not [target for target in targets if target.startswith("gspn2")]
     x, *_ = draw((1, 9, 24), torch.float32)
-    check((x, weight, None, EPS), 1, program.module()(x, weight))
+    a, mean = program.module()(x, weight)
+    assert_close("tokens", reference(x, weight, None, EPS), a)
+    assert_close("mean", of_patches(a, 1), mean)
 
 
 BAD = [

@@ -14,6 +14,7 @@ from gspn2_kernels.prefix import read_prefix
 from gspn2_kernels.testing import TOLERANCES, assert_close
 from gspn2convert import prefix as toolkit
 from helpers.layouts import OF_TOKENS
+from helpers.norms import NORM, draw_norm, normed, unwritten
 
 pytest.importorskip("triton")
 kernels = pytest.importorskip("gspn2_kernels.triton_prefix")
@@ -32,24 +33,31 @@ CASES = [
     pytest.param((3, 12, 48, 6, 8, 12), id="no patches, more rows than a tile"),
     pytest.param((1, 140, 16, 1, 16, 130), id="more prefix tokens than columns of a program"),
 ]
-ROUTES = pytest.mark.parametrize("route", [read_prefix, torch.ops.gspn2.read_prefix], ids=["function", "op"])
+
+
+def function(*arguments) -> tuple[Tensor, Tensor, Tensor]:
+    """The public function, with the op's arguments."""
+    return read_prefix(unwritten(*arguments[:4]), *arguments[4:])
+
+
+ROUTES = pytest.mark.parametrize("route", [function, torch.ops.gspn2.read_prefix], ids=["function", "op"])
 
 
 def draw(shape: tuple[int, ...], dtype: torch.dtype, shift: float = 0.5, size: float = 1.0) -> dict:
-    """All that the op takes: x with the mean `shift`, scores of about `size`, biases that are not 0."""
+    """All that the op takes: a stream with the mean `shift`, scores of about `size`, biases that are not 0."""
     batch, tokens, channels, heads, dim, prefix = shape
     generator = torch.Generator().manual_seed(0)
 
     def normal(*size: int, scale: float = 1.0) -> Tensor:
         return (scale * torch.randn(size, generator=generator, dtype=torch.float64)).to(DEVICE, dtype)
 
-    x = normal(batch, tokens, channels) + shift
+    norm = draw_norm(normal(batch, tokens, channels) + shift)
     width = heads * dim
     qkv_weight, qkv_bias = normal(3 * width, channels, scale=channels**-0.5), normal(3 * width)
-    projected = F.linear(x[:, :prefix].double(), qkv_weight.double(), qkv_bias.double())
+    projected = F.linear(tokens_of(norm)[:, :prefix], qkv_weight.double(), qkv_bias.double())
     projected[..., : 2 * width] *= size
     return {
-        "x": x,
+        **norm,
         "projected": projected.to(dtype),
         "qkv_weight": qkv_weight,
         "qkv_bias": qkv_bias,
@@ -61,19 +69,24 @@ def draw(shape: tuple[int, ...], dtype: torch.dtype, shift: float = 0.5, size: f
     }
 
 
+def tokens_of(drawn: dict) -> Tensor:
+    """The normed tokens in fp64."""
+    return normed(drawn["stream"], drawn["norm_weight"], drawn["norm_bias"])
+
+
 def reference(drawn: dict) -> tuple[Tensor, Tensor, Tensor]:
     """Compute in fp64, rounded nowhere, with a query, key and value of every token."""
     t = {name: value.double() if isinstance(value, Tensor) else value for name, value in drawn.items()}
-    heads, prefix = t["heads"], t["projected"].shape[1]
+    heads, prefix, x = t["heads"], t["projected"].shape[1], tokens_of(drawn)
 
     def of_heads(projected: Tensor) -> tuple[Tensor, ...]:
         return projected.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind()
 
-    q, k, v = of_heads(F.linear(t["x"], t["qkv_weight"], t["qkv_bias"]))
+    q, k, v = of_heads(F.linear(x, t["qkv_weight"], t["qkv_bias"]))
     query, key, value = of_heads(t["projected"])
     read = ((t["scale"] * query @ k.mT).softmax(-1) @ v).transpose(1, 2).flatten(2)
     gate = t["scale"] * q[:, :, prefix:] @ key.mT
-    mass = F.linear(t["x"][:, prefix:], t["log_sum_weight"], t["log_sum_bias"])
+    mass = F.linear(x[:, prefix:], t["log_sum_weight"], t["log_sum_bias"])
     share = torch.cat([gate, mass.mT.unsqueeze(-1)], -1).softmax(-1).permute(0, 2, 3, 1).flatten(2)
     values = torch.einsum("bhpd,chd->bphc", value, t["proj_weight"].unflatten(1, (heads, -1))).flatten(1, 2)
     columns = share.shape[2] + -share.shape[2] % 8
@@ -87,7 +100,7 @@ def run(drawn: dict, **options) -> tuple[Tensor, Tensor, Tensor]:
 def check(drawn: dict, actual: tuple[Tensor, ...], tolerance: float | None = None) -> None:
     """Compare with fp64: beside each result the vectors are rounded, and a softmax passes on what its scores got."""
     for name, ref, out in zip(NAMES, reference(drawn), actual, strict=True):
-        assert (out.dtype, out.is_contiguous()) == (drawn["x"].dtype, True)
+        assert (out.dtype, out.is_contiguous()) == (drawn["projected"].dtype, True)
         assert_close(name, ref, out, tolerance or 2 * TOLERANCES[out.dtype])
 
 
@@ -107,6 +120,19 @@ def test_bias_of_queries_and_values_may_be_missing(dtype: torch.dtype) -> None:
     check(drawn, run(drawn))
 
 
+@pytest.mark.parametrize("missing", [("norm_weight",), ("norm_bias",), ("norm_weight", "norm_bias")], ids=str)
+def test_norm_without_parameters(missing: tuple[str, ...]) -> None:
+    drawn = draw((2, 35, 24, 3, 8, 2), torch.float32) | dict.fromkeys(missing)
+    check(drawn, run(drawn))
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_stream_may_be_wider_than_the_rest(dtype: torch.dtype) -> None:
+    """As under autocast."""
+    drawn = draw((2, 70, 40, 4, 10, 2), dtype)
+    check(drawn, run(drawn | {name: drawn[name].float() for name in NORM}))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_tokens_far_from_zero(dtype: torch.dtype) -> None:
     drawn = draw((2, 150, 48, 3, 16, 1), dtype, shift=8)
@@ -117,7 +143,7 @@ def test_large_scores_overflow_nowhere() -> None:
     """Scores of hundreds, of either sign, in every tile another greatest one."""
     drawn = draw((2, 150, 48, 3, 16, 2), torch.float32, size=200)
     query = drawn["projected"][..., :48].unflatten(2, (3, 16))
-    keys = F.linear(drawn["x"], drawn["qkv_weight"][48:96]).unflatten(2, (3, 16))
+    keys = F.linear(tokens_of(drawn).float(), drawn["qkv_weight"][48:96]).unflatten(2, (3, 16))
     scores = torch.einsum("bphd,bnhd->bphn", query, keys) * drawn["scale"]
     assert (scores.amax(-1) > 200).all()
     assert (scores.amin(-1) < -200).all()
@@ -137,8 +163,9 @@ LAYOUTS = OF_TOKENS | {"one image for all": lambda t: t[:1].expand(2, -1, -1)}
 @pytest.mark.parametrize("view", LAYOUTS.values(), ids=LAYOUTS)
 def test_layouts_of_x(view) -> None:
     drawn = draw((2, 35, 24, 3, 8, 1), torch.float16)
-    drawn["x"] = view(drawn["x"])
-    assert not drawn["x"].is_contiguous()
+    drawn["stream"] = view(drawn["stream"])
+    drawn["statistics"] = draw_norm(drawn["stream"])["statistics"]
+    assert not drawn["stream"].is_contiguous()
     check(drawn, run(drawn))
 
 
@@ -159,7 +186,8 @@ def test_any_tile_will_do(options: tuple[int, ...]) -> None:
 def test_poison_in_other_images_stays_there() -> None:
     drawn = draw((3, 70, 24, 3, 8, 2), torch.float16)
     expected = run(drawn)
-    drawn["x"][::2] = float("nan")
+    for name in ("stream", "statistics"):
+        drawn[name][::2] = float("nan")
     drawn["projected"][::2] = float("nan")
     for before, after in zip(expected, run(drawn), strict=True):
         assert torch.equal(before[1], after[1])
@@ -172,7 +200,7 @@ def test_two_runs_give_equal_bits() -> None:
 
 def test_no_images() -> None:
     drawn = draw((0, 35, 24, 3, 8, 1), torch.float16)
-    for out in (run(drawn), read_prefix(**drawn)):
+    for out in (run(drawn), function(*drawn.values())):
         assert [tuple(t.shape) for t in out] == [(0, 1, 24), (0, 34, 8), (0, 8, 24)]
 
 
@@ -185,8 +213,9 @@ def test_no_images() -> None:
 )
 def test_kernels_on_tokens_of_real_models(shape, dtype: torch.dtype) -> None:
     drawn = draw(shape, dtype)
-    check(drawn, read_prefix(**drawn))
-    assert all(torch.equal(*pair) for pair in zip(read_prefix(**drawn), read_prefix(**drawn), strict=True))
+    runs = [function(*drawn.values()) for _ in range(2)]
+    check(drawn, runs[0])
+    assert all(torch.equal(*pair) for pair in zip(*runs, strict=True))
 
 
 def prefix_read(dtype: torch.dtype, channels: int, heads: int) -> toolkit.PrefixRead:
@@ -207,24 +236,17 @@ def prefix_read(dtype: torch.dtype, channels: int, heads: int) -> toolkit.Prefix
     ids=str,
 )
 @torch.no_grad()
-def test_module_gives_the_same_without_the_op(shape, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_module_gives_the_same_without_the_op(shape, dtype: torch.dtype) -> None:
     batch, tokens, channels, heads, prefix = shape
     read = prefix_read(dtype, channels, heads)
     x = torch.randn(batch, tokens, channels, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype) + 0.5
-    runs = []
-    for fused in (False, True):
-        monkeypatch.setattr(toolkit, "by_triton", lambda _, fused=fused: fused)
-        runs.append(read(x, prefix))
+    norm = draw_norm(x)
+    of_normed = read.of_normed(unwritten(*norm.values(), prefix=prefix))
     # Plain torch has no columns that fill up, and rounds scores and weights as well.
+    runs = read(tokens_of(norm).to(dtype), prefix), of_normed
     parts = [(out, share @ values) for out, share, values in runs]
     for name, expected, actual in zip(("read", "gated"), *parts, strict=True):
         assert_close(name, expected, actual, 4 * TOLERANCES[dtype])
-
-
-def test_module_leaves_gradients_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(toolkit, "by_triton", lambda _: True)
-    read = prefix_read(torch.float32, 24, 3).requires_grad_()
-    assert all(out.requires_grad for out in read(torch.randn(2, 9, 24, device=DEVICE), 1))
 
 
 def test_opcheck() -> None:
@@ -235,17 +257,19 @@ def test_opcheck() -> None:
 
 @ROUTES
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-def test_autocast_casts_all(route, dtype: torch.dtype) -> None:
+def test_autocast_casts_all_but_the_stream(route, dtype: torch.dtype) -> None:
     drawn = draw((2, 9, 24, 3, 8, 1), torch.float32)
     with torch.autocast(DEVICE, dtype):
         actual = route(*drawn.values())
-    cast = [t.to(dtype) if isinstance(t, Tensor) else t for t in drawn.values()]
+    cast = [t.to(dtype) if isinstance(t, Tensor) and name not in NORM else t for name, t in drawn.items()]
     assert all(torch.equal(*pair) for pair in zip(route(*cast), actual, strict=True))
 
 
 def test_compiles_as_one_graph() -> None:
     torch._dynamo.reset()
-    compiled = torch.compile(lambda *t: read_prefix(*t), fullgraph=True, dynamic=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda *t: torch.ops.gspn2.read_prefix(*t), fullgraph=True, dynamic=True, backend="aot_eager"
+    )
     for tokens in (7, 11):
         drawn = draw((2, tokens, 24, 3, 8, 1), torch.float32)
         check(drawn, compiled(*drawn.values()))
@@ -261,13 +285,20 @@ def test_flops_are_those_of_its_products(route) -> None:
 
 
 BAD = [
-    ("x", lambda t: t[0], r"x has shape \(9, 24\), expected \(B, N, C\)"),
-    ("x", lambda t: t.double(), r"x has dtype torch.float64, for which there is no kernel"),
-    ("x", lambda t: t[:, :1], r"projected has 2 prefix tokens, expected 1 to 1, the number of tokens"),
+    ("stream", lambda t: t[:, :8], r"statistics has shape \(2, 9, 2\), expected \(B, N, 2\) = \(2, 8, 2\)"),
+    ("statistics", lambda t: t.half(), r"statistics has dtype torch.float16, expected torch.float32"),
+    ("norm_weight", lambda t: t[:8], r"norm_weight has shape \(8,\), expected \(C,\) = \(24,\)"),
+    ("norm_bias", lambda t: t.half(), r"norm_bias of shape \(24,\) has dtype torch.float16, expected torch.float32"),
+    ("projected", lambda t: t.double(), r"stream or projected has dtype torch.float64, for which there is no kernel"),
+    (
+        "projected",
+        lambda t: t.repeat(1, 5, 1),
+        r"projected has 10 prefix tokens, expected 1 to 9, the number of tokens",
+    ),
     ("projected", lambda t: t[:, 0], r"projected has shape \(2, 72\), expected \(B, P, 3 h d\)"),
     ("projected", lambda t: t[:1], r"projected has shape \(1, 2, 72\), expected \(B, P, 3 h d\) = \(2, 2, 72\)"),
     ("projected", lambda t: t[:, :0], r"projected has 0 prefix tokens, expected 1 to 9, the number of tokens"),
-    ("projected", lambda t: t.half(), r"projected of shape \(2, 2, 72\) has dtype torch.float16, expected torch.fl"),
+    ("qkv_bias", lambda t: t.half(), r"qkv_bias of shape \(72,\) has dtype torch.float16, expected torch.float32"),
     ("qkv_weight", lambda t: t[:24], r"qkv_weight has shape \(24, 24\), expected \(3 h d, C\) = \(72, 24\)"),
     ("qkv_bias", lambda t: t[:24], r"qkv_bias has shape \(24,\), expected \(3 h d,\) = \(72,\)"),
     ("proj_weight", lambda t: t[:8], r"proj_weight has shape \(8, 24\), expected \(C, h d\) = \(24, 24\)"),
