@@ -1,6 +1,6 @@
 """LayerNorm of tokens on a GPU by Triton, in one pass over memory: the normed tokens, or what norms each.
 
-A program goes through some tokens of an image, one or a few for each warp at a time. A warp keeps them in registers, in
+A program goes through some tokens of an image, a token for each warp at a time. A warp keeps its token in registers, in
 chunks of channels (a tuple), so that the variance is that of differences from the mean and no number is read twice,
 while the next tokens are under way. Its sums for the mean patch stay in registers too. They end in a row for each
 program, and one more kernel adds up the rows: always in the same order.
@@ -31,12 +31,11 @@ _RUNTIME = ("B", "N", "P", "T", "rows", "sxb")
 
 
 class Plan(NamedTuple):
-    """Warps of a program, tokens of each at a time, how often those are under way, and programs that run at once."""
+    """Warps of a program, one token each, tokens under way for each, and programs that run at the same time."""
 
-    warps: int = 4
-    tokens: int = 1
+    warps: int = 1
     stages: int = 4
-    programs: int = 264
+    programs: int = 1056
 
 
 def norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *, chosen: Plan | None = None) -> Tensor:
@@ -97,14 +96,13 @@ def _run(
     batch, tokens, channels = x.shape
     x = by_token(x)
     weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
-    step = chosen.warps * chosen.tokens
-    pieces = min(triton.cdiv(chosen.programs, batch), triton.cdiv(tokens, step))
-    rows = triton.cdiv(tokens, pieces * step) * step
+    pieces = min(triton.cdiv(chosen.programs, batch), triton.cdiv(tokens, chosen.warps))
+    rows = triton.cdiv(tokens, pieces * chosen.warps) * chosen.warps
     programs, unit = triton.cdiv(tokens, rows), batch_unit(x)
     shares = torch.empty(programs if a is None else 0, batch, channels, dtype=torch.float32, device=x.device)
     norm_kernel[(programs * batch,)](
         x, weight, bias, a, found, first, shares, eps, batch, tokens, prefix, rows, x.stride(0) // unit, C=channels,
-        SX=x.stride(1), UX=unit, BM=step, BK=_chunk(channels, x.element_size()), NS=chosen.stages,
+        SX=x.stride(1), UX=unit, BM=chosen.warps, BK=_chunk(channels, x.element_size()), NS=chosen.stages,
         num_warps=chosen.warps,
     )  # fmt: skip
     return shares
