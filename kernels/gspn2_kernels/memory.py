@@ -1,4 +1,4 @@
-"""What the launchers of Triton kernels ask of a tensor's memory."""
+"""What the launchers of Triton kernels ask of a tensor's memory, and how they count blocks."""
 
 import math
 
@@ -32,3 +32,14 @@ def by_token(t: Tensor) -> Tensor:
 def batch_unit(t: Tensor) -> int:
     """Numbers by which a batch stride is handed to a kernel, which multiplies by them: so vectors are seen aligned."""
     return math.gcd(t.stride(0), VECTOR // t.element_size())
+
+
+# Triton's own two are made for kernels, and take ten times as long where a launch waits for them.
+def cdiv(number: int, block: int) -> int:
+    """How many blocks hold a number of things."""
+    return -(-number // block)
+
+
+def power_of_2(number: int) -> int:
+    """The smallest power of two that is no less than a number of at least 1."""
+    return 1 << (number - 1).bit_length()

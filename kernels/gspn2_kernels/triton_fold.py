@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gspn2_kernels.memory import cdiv, power_of_2
+
 # The smallest side of a product, and the widest of one with weights; those of fp32 keep all they multiply in registers.
 SIDE, WIDEST, WIDEST_FP32 = 16, 64, 16
 _RUNTIME = ("rows",)
@@ -58,7 +60,7 @@ def fold(
     batch, prefix, width = projected.shape
     channels, dim = qkv_weight.shape[1], width // 3 // heads
     vectors = projected.new_empty(batch, (2 * prefix + 1) * heads, channels)
-    blocks = triton.cdiv(channels, WIDEST)
+    blocks = cdiv(channels, WIDEST)
     sums = torch.empty(*vectors.shape[:2], blocks, 2, dtype=torch.float32, device=projected.device)
     values = projected.new_empty(batch, columns, channels)
     qkv_bias, norm_weight, norm_bias = (
@@ -66,7 +68,7 @@ def fold(
     )
     rows, most = batch * prefix, _widest(projected)
     tile = {"BM": block(rows, most), "BD": block(dim, most), "BC": WIDEST}
-    fold_kernel[(3 * heads * triton.cdiv(rows, tile["BM"]) * blocks,)](
+    fold_kernel[(3 * heads * cdiv(rows, tile["BM"]) * blocks,)](
         projected.contiguous(), qkv_weight.contiguous(), qkv_bias, proj_weight.contiguous(),
         log_sum_weight.contiguous(), log_sum_bias.contiguous(), norm_weight, norm_bias, vectors, sums, values, scale,
         rows, C=channels, H=heads, P=prefix, D=dim, S=columns, **tile, num_warps=4,
@@ -85,7 +87,7 @@ def project(pooled: Tensor, qkv_weight: Tensor, qkv_bias: Tensor | None, heads: 
     rows = batch * prefix
     qkv_bias = None if qkv_bias is None else qkv_bias.contiguous()
     tile = {"BM": block(rows, _widest(pooled)), "BD": SIDE, "BC": block(channels, 128)}
-    project_kernel[(heads * triton.cdiv(rows, tile["BM"]) * triton.cdiv(dim, SIDE),)](
+    project_kernel[(heads * cdiv(rows, tile["BM"]) * cdiv(dim, SIDE),)](
         pooled, qkv_weight.contiguous(), qkv_bias, out, rows, C=channels, H=heads, D=dim, **tile, NS=4, num_warps=4
     )
     return out
@@ -93,7 +95,7 @@ def project(pooled: Tensor, qkv_weight: Tensor, qkv_bias: Tensor | None, heads: 
 
 def block(size: int, most: int) -> int:
     """Choose how much of a size a tile takes."""
-    return min(max(triton.next_power_of_2(size), SIDE), most)
+    return min(max(power_of_2(size), SIDE), most)
 
 
 def _widest(t: Tensor) -> int:

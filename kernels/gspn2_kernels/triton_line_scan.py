@@ -7,10 +7,9 @@ import math
 from collections.abc import Iterator
 
 import torch
-import triton
 from torch import Tensor
 
-from gspn2_kernels.memory import by_pixel
+from gspn2_kernels.memory import by_pixel, cdiv, power_of_2
 from gspn2_kernels.triton_backward import line_scan_bwd_kernel, sum_shares_kernel
 from gspn2_kernels.triton_forward import line_scan_fwd_kernel
 from gspn2_kernels.tuning import Plan, plan
@@ -108,7 +107,7 @@ def line_scan_bwd(
     constants = {**_strides(x, lam, logits, u), "SY": dy.stride(2), "SYD": dy.stride(3), **chosen._asdict()}
     del constants["AHEAD"]
     _check_offsets(x, lam, logits, u, dy)
-    tiles = triton.cdiv(channels, chosen.tile)
+    tiles = cdiv(channels, chosen.tile)
     sums = torch.empty(tiles, batch, 4, height * width, 2, dtype=torch.float32, device=x.device)
     scratch = _scratch(x, chosen)
     with torch.cuda.device_of(x):
@@ -131,11 +130,11 @@ def empty_states(x: Tensor) -> Tensor:
 
 def _sum_shares(shares: Tensor, sums: Tensor, logits: Tensor, segment: int, dx: Tensor, dlogits: Tensor) -> None:
     batch, height, width, channels = dx.shape
-    wide = triton.next_power_of_2(channels)
+    wide = power_of_2(channels)
     pixels = max(1, _SUMMED // wide)
     rows = 1 << (pixels.bit_length() - 1) // 2
     columns = pixels // rows
-    sum_shares_kernel[(triton.cdiv(height, rows) * triton.cdiv(width, columns), batch)](
+    sum_shares_kernel[(cdiv(height, rows) * cdiv(width, columns), batch)](
         shares, sums, logits, dx, dlogits, height, width, segment or height + width, logits.stride(0), C=channels,
         G=dlogits.shape[4], SA=logits.stride(2), SAD=logits.stride(3), SAG=logits.stride(4), TILES=sums.shape[0],
         TH=rows, TW=columns, BLOCK_C=wide,
@@ -143,7 +142,7 @@ def _sum_shares(shares: Tensor, sums: Tensor, logits: Tensor, segment: int, dx: 
 
 
 def _grid(x: Tensor, chosen: Plan) -> tuple[int, int, int]:
-    return triton.cdiv(x.shape[3], chosen.WC * chosen.tile) * chosen.GRID, 4, x.shape[0]
+    return cdiv(x.shape[3], chosen.WC * chosen.tile) * chosen.GRID, 4, x.shape[0]
 
 
 def _launches(x: Tensor, chosen: Plan) -> Iterator[tuple[int, int, int]]:
@@ -157,7 +156,7 @@ def _launches(x: Tensor, chosen: Plan) -> Iterator[tuple[int, int, int]]:
 def _check_offsets(*tensors: Tensor) -> None:
     """Make sure that 32 bits hold every offset inside an image."""
     for t in tensors:
-        if t.shape[1] * t.stride(1) + t[0, 0, 0].numel() >= 2**31:
+        if t.shape[1] * t.stride(1) + math.prod(t.shape[3:]) >= 2**31:
             raise ValueError(
                 f"an image of shape {tuple(t.shape[1:])} has over 2^31 elements; split it, or scan on the CPU"
             )
@@ -193,7 +192,7 @@ def _scratch(x: Tensor, chosen: Plan) -> Tensor:
     """Make room for the states that one launch hands to the next: two buffers of a line, for every scan."""
     batch, height, width, channels = x.shape
     block = chosen.WC * chosen.tile
-    numbers = batch * 4 * 2 * max(height, width) * triton.cdiv(channels, block) * block
+    numbers = batch * 4 * 2 * max(height, width) * cdiv(channels, block) * block
     return torch.empty(numbers if chosen.GRID > 1 else 0, dtype=torch.float32, device=x.device)
 
 

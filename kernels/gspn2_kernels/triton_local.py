@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gspn2_kernels.memory import by_pixel
+from gspn2_kernels.memory import by_pixel, cdiv
 from gspn2_kernels.triton_local_gradient import weight_gradient
 from gspn2_kernels.triton_local_tiles import (
     SIZES,
@@ -127,14 +127,14 @@ def _launch(
         return
     chosen = chosen or _plan(width)
     block = 32 * chosen.warps // chosen.lanes * max(1, chosen.vector // a.element_size())
-    columns = triton.cdiv(width, chosen.lanes * chosen.positions) * triton.cdiv(channels, block) * batch
+    columns = cdiv(width, chosen.lanes * chosen.positions) * cdiv(channels, block) * batch
     rows = rows_of_a_program(columns, height, PROGRAMS)
     a, base = by_pixel(a), None if base is None else by_pixel(base)
     statistics, scale, shift = norm or (None, None, None)
     weight, row, gamma, scale, shift = (
         None if t is None else t.contiguous() for t in (weight, row, gamma, scale, shift)
     )
-    _convolution_kernel[(columns * triton.cdiv(height, rows),)](
+    _convolution_kernel[(columns * cdiv(height, rows),)](
         a, statistics, scale, shift, weight, base, row, gamma, out, height, width, rows,
         0 if statistics is None else statistics.stride(0), **strides("a", a), **strides("b", base),
         **strides("o", out), C=channels, FLIP=flip, LW=chosen.lanes, BC=block, P=chosen.positions,
@@ -144,9 +144,7 @@ def _launch(
 
 def _plan(width: int) -> Plan:
     """Choose the positions of a lane with which a line is read least, halos and idle lanes counted."""
-    return min(
-        (Plan(4), Plan(5)), key=lambda plan: triton.cdiv(width, plan.lanes * plan.positions) * (plan.positions + 2)
-    )
+    return min((Plan(4), Plan(5)), key=lambda plan: cdiv(width, plan.lanes * plan.positions) * (plan.positions + 2))
 
 
 @triton.jit(do_not_specialize=SIZES)

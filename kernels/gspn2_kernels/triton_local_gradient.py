@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gspn2_kernels.memory import VECTOR, by_pixel
+from gspn2_kernels.memory import VECTOR, by_pixel, cdiv
 from gspn2_kernels.triton_local_tiles import SIZES, place, read, rows_of_a_program, strides, zeros
 
 # Positions of a lane, of VECTOR bytes of channels: with nine sums and three rows, as many as registers hold.
@@ -36,13 +36,13 @@ def weight_gradient(dout: Tensor, a: Tensor, weight: Tensor) -> Tensor:
     if a.numel() == 0:
         return torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device)
     lanes, block = _tile(width, channels, a.element_size())
-    blocks = triton.cdiv(channels, block)
-    columns = triton.cdiv(width, lanes * POSITIONS) * batch
+    blocks = cdiv(channels, block)
+    columns = cdiv(width, lanes * POSITIONS) * batch
     # Pieces that are small beside what a program sums up: so the programs, which run all at once, end together.
     rows = rows_of_a_program(columns * blocks, height, 4 * PROGRAMS)
-    pieces = columns * triton.cdiv(height, rows)
-    strips = triton.cdiv(pieces, max(1, PROGRAMS // blocks))
-    shares = torch.empty(triton.cdiv(pieces, strips), channels, 9, dtype=torch.float32, device=a.device)
+    pieces = columns * cdiv(height, rows)
+    strips = cdiv(pieces, max(1, PROGRAMS // blocks))
+    shares = torch.empty(cdiv(pieces, strips), channels, 9, dtype=torch.float32, device=a.device)
     a, dout = by_pixel(a), by_pixel(dout)
     _weight_gradient_kernel[(shares.shape[0] * blocks,)](
         a, dout, shares, height, width, rows, strips, pieces, **strides("a", a), **strides("g", dout),

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gspn2_kernels.memory import batch_unit
+from gspn2_kernels.memory import batch_unit, cdiv
 
 # Rows of a program: fewer cost more for the rows above and below, more leave multiprocessors idle at the end.
 FEWEST_ROWS, MOST_ROWS = 2, 32
@@ -20,7 +20,7 @@ SIZES = ("H", "W", "rows", "strips", "pieces", "sab", "ssb", "sbb", "sob", "sgb"
 def rows_of_a_program(columns: int, height: int, pieces: int) -> int:
     """Choose how many rows a column of tiles is cut into, so that `columns` of them make that many pieces or more."""
     rows = min(max(columns * height // pieces, FEWEST_ROWS), MOST_ROWS)
-    return triton.cdiv(height, triton.cdiv(height, rows))
+    return cdiv(height, cdiv(height, rows))
 
 
 def strides(name: str, t: Tensor | None) -> dict[str, int]:

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gspn2_kernels.memory import by_token
+from gspn2_kernels.memory import by_token, cdiv, power_of_2
 from gspn2_kernels.merge import divide
 from gspn2_kernels.triton_local import Norm, add_up
 
@@ -74,7 +74,7 @@ def _add_prefix(stream: Tensor, prefix_out: Tensor, gamma: Tensor | None, out: T
     stream, prefix_out, gamma = by_token(stream), prefix_out.contiguous(), None if gamma is None else gamma.contiguous()
     prefix_kernel[(batch * prefix,)](
         stream, prefix_out, gamma, out, prefix, *stream.stride()[:2], *out.stride()[:2], C=channels,
-        BC=triton.next_power_of_2(channels), num_warps=4,
+        BC=power_of_2(channels), num_warps=4,
     )  # fmt: skip
 
 
@@ -98,10 +98,10 @@ def product(
     if out.numel() == 0:
         return out
     y, weight, share, values = (t.contiguous() for t in (y, weight, share, values))
-    tiles = batch * triton.cdiv(patches, chosen.patches) * triton.cdiv(channels, chosen.channels)
+    tiles = batch * cdiv(patches, chosen.patches) * cdiv(channels, chosen.channels)
     product_kernel[(tiles,)](
         y, weight, share, values, out, lines[1] / lines[0], 1 / lines[1], patches, C=channels, K=weight.shape[1] // 2,
-        S=columns, BM=chosen.patches, BN=chosen.channels, BK=chosen.step, BS=max(16, triton.next_power_of_2(columns)),
+        S=columns, BM=chosen.patches, BN=chosen.channels, BK=chosen.step, BS=max(16, power_of_2(columns)),
         NS=chosen.stages, num_warps=chosen.warps,
     )  # fmt: skip
     return out

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gspn2_kernels.memory import VECTOR, batch_unit, by_token
+from gspn2_kernels.memory import VECTOR, batch_unit, by_token, cdiv, power_of_2
 
 # How many channels, to those there are, chunks may hold before narrower ones cost less.
 MOST_PADDING = 1.125
@@ -73,7 +73,7 @@ def statistics(
         return found, first, x.new_zeros(batch, channels)
     mean = x.new_empty(batch, channels)
     shares = _run(x, weight, bias, eps, prefix, chosen or Plan(), found=found, first=first)
-    blocks = triton.cdiv(channels, SUMMED_CHANNELS)
+    blocks = cdiv(channels, SUMMED_CHANNELS)
     sum_kernel[(batch * blocks,)](
         shares, mean, batch, len(shares), C=channels, BT=SUMMED_ROWS, BC=SUMMED_CHANNELS, num_warps=4
     )
@@ -96,9 +96,9 @@ def _run(
     batch, tokens, channels = x.shape
     x = by_token(x)
     weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
-    pieces = min(triton.cdiv(chosen.programs, batch), triton.cdiv(tokens, chosen.warps))
-    rows = triton.cdiv(tokens, pieces * chosen.warps) * chosen.warps
-    programs, unit = triton.cdiv(tokens, rows), batch_unit(x)
+    pieces = min(cdiv(chosen.programs, batch), cdiv(tokens, chosen.warps))
+    rows = cdiv(tokens, pieces * chosen.warps) * chosen.warps
+    programs, unit = cdiv(tokens, rows), batch_unit(x)
     shares = torch.empty(programs if a is None else 0, batch, channels, dtype=torch.float32, device=x.device)
     norm_kernel[(programs * batch,)](
         x, weight, bias, a, found, first, shares, eps, batch, tokens, prefix, rows, x.stride(0) // unit, C=channels,
@@ -111,9 +111,9 @@ def _run(
 def _chunk(channels: int, itemsize: int) -> int:
     """Choose how many channels a warp reads at once: fewer where the last chunk would hold much padding."""
     chunk = 32 * VECTOR // itemsize
-    if triton.cdiv(channels, chunk) * chunk > MOST_PADDING * channels:
+    if cdiv(channels, chunk) * chunk > MOST_PADDING * channels:
         chunk //= 2
-    return min(chunk, max(16, triton.next_power_of_2(channels)))
+    return min(chunk, max(16, power_of_2(channels)))
 
 
 @triton.jit(do_not_specialize=_RUNTIME)

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gspn2_kernels.memory import batch_unit, by_token
+from gspn2_kernels.memory import batch_unit, by_token, cdiv, power_of_2
 from gspn2_kernels.prefix import share_columns
 from gspn2_kernels.triton_fold import SIDE, block, fold, project
 from gspn2_kernels.triton_norm import load_statistics
@@ -88,22 +88,22 @@ def _pool(
     columns = (vectors.shape[1] - heads) // 2
     prefix = columns // heads
     chosen = chosen or _plan(vectors.dtype, prefix, heads)
-    tiles, unit = triton.cdiv(tokens, chosen.tokens), batch_unit(stream)
+    tiles, unit = cdiv(tokens, chosen.tokens), batch_unit(stream)
     places, group = _group(prefix, heads)
     parts = torch.empty(batch, tiles, columns, channels, dtype=torch.float32, device=stream.device)
     top, total = torch.empty(2, batch, tiles, columns, dtype=torch.float32, device=stream.device)
     norm_weight, norm_bias = (None if t is None else t.contiguous() for t in norm)
-    read_kernel[(batch * tiles * triton.cdiv(heads, group),)](
+    read_kernel[(batch * tiles * cdiv(heads, group),)](
         stream, statistics, norm_weight, norm_bias, vectors, sums, share, parts, top, total, tokens, tiles,
         stream.stride(0) // unit, C=channels, H=heads, P=prefix, S=share.shape[2], SX=stream.stride(1), UX=unit,
-        BM=chosen.tokens, BC=block(channels, chosen.channels), HG=group, PG=triton.next_power_of_2(prefix + 1),
+        BM=chosen.tokens, BC=block(channels, chosen.channels), HG=group, PG=power_of_2(prefix + 1),
         PR=places, NB=sums.shape[2], NS=chosen.stages, num_warps=chosen.warps,
     )  # fmt: skip
     pooled = vectors.new_empty(batch, columns, channels)
     # Of few tiles a program joins more channels: a block is as large, or small images would wait for launches.
-    joined = min(JOINED, triton.next_power_of_2(tiles))
+    joined = min(JOINED, power_of_2(tiles))
     piece = block(channels, 128 * JOINED // joined)
-    combine_kernel[(batch * columns * triton.cdiv(channels, piece),)](
+    combine_kernel[(batch * columns * cdiv(channels, piece),)](
         parts, top, total, pooled, tiles, C=channels, K=columns, BA=COMPARED if tiles > JOINED else JOINED, BT=joined,
         BC=piece, NS=AHEAD, num_warps=4,
     )  # fmt: skip
@@ -121,9 +121,9 @@ def _plan(dtype: torch.dtype, prefix: int, heads: int) -> Plan:
 
 def _group(prefix: int, heads: int) -> tuple[int, int]:
     """Choose the places for the prefix tokens of a head, and how many heads a program takes."""
-    places = triton.next_power_of_2(prefix)
-    most = max(COLUMNS // triton.next_power_of_2(prefix + 1), 1)
-    return places, max(min(triton.next_power_of_2(heads), most), SIDE // places)
+    places = power_of_2(prefix)
+    most = max(COLUMNS // power_of_2(prefix + 1), 1)
+    return places, max(min(power_of_2(heads), most), SIDE // places)
 
 
 @triton.jit(do_not_specialize=_RUNTIME)

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gspn2_kernels.memory import batch_unit, by_token
+from gspn2_kernels.memory import batch_unit, by_token, cdiv, power_of_2
 from gspn2_kernels.triton_norm import affine, load_statistics
 
 # The smallest and the largest number of columns of a product.
@@ -54,8 +54,8 @@ def project(
     chosen = chosen or (FP32 if weight.dtype == torch.float32 else Plan())
     stream, statistics = by_token(stream), statistics.contiguous()
     norm_weight, norm_bias, bias = (None if t is None else t.contiguous() for t in (norm_weight, norm_bias, bias))
-    columns = min(max(triton.next_power_of_2(numbers), FEWEST), MOST)
-    unit, tiles = batch_unit(stream), triton.cdiv(patches, chosen.patches) * triton.cdiv(numbers, columns)
+    columns = min(max(power_of_2(numbers), FEWEST), MOST)
+    unit, tiles = batch_unit(stream), cdiv(patches, chosen.patches) * cdiv(numbers, columns)
     project_kernel[(batch * tiles,)](
         stream, statistics, norm_weight, norm_bias, weight.contiguous(), bias, out, tokens, prefix,
         stream.stride(0) // unit, C=channels, R=numbers, SX=stream.stride(1), UX=unit, BM=chosen.patches, BN=columns,

@@ -145,6 +145,7 @@ TABLES: dict[str, tuple[str, Callable[[Document], list[str]]]] = {
     "costs": ("recipes/results/costs.json", costs),
     "models": ("kernels/benchmarks/results/models_h200.json", kernel_tables.models),
     "sublayers": ("kernels/benchmarks/results/mixer_h200.json", kernel_tables.sublayers),
+    "memory": ("kernels/benchmarks/results/mixer_training_h200.json", kernel_tables.memory),
     "scaling": ("kernels/benchmarks/results/scaling_h200.json", kernel_tables.scaling),
     "kernels": ("kernels/benchmarks/results/h100.json", kernel_tables.kernels),
     "onnx_model": ("kernels/benchmarks/results/onnx_model_h100.json", kernel_tables.onnx_model),
