@@ -1,5 +1,7 @@
 """The mixer against its formula, written out with the reference scan."""
 
+import importlib
+
 import pytest
 import torch
 from timm.layers import Attention, LayerNorm
@@ -69,22 +71,37 @@ def test_mixer_follows_its_formula(prefix: int, options: dict[str, int | bool | 
     assert_close("mixer", reference(mixer, x, grid), mixer(x, grid), 1e-5)
 
 
+@pytest.mark.parametrize("by_kernels", [False, True], ids=["torch", "Triton"])
 @pytest.mark.parametrize("gamma", [True, False], ids=["LayerScale", "none"])
 @pytest.mark.parametrize(
     ("prefix", "options"),
-    [(0, {}), (2, {}), (1, {"lpu": False, "global_branch": False, "prefix_gate": False})],
-    ids=["no prefix", "prefix", "paper"],
+    [
+        (0, {}),
+        (2, {}),
+        (1, {"proxy_dim": 1, "lpu": False, "global_branch": False, "prefix_gate": False}),
+        (2, {"prefix": "pool", "groups": 3}),
+    ],
+    ids=["no prefix", "prefix", "paper", "pooled prefix"],
 )
 @torch.no_grad()
 def test_adding_to_the_stream_is_the_mixer_and_a_sum(
-    prefix: int, options: dict[str, int | bool | str], gamma: bool
+    prefix: int,
+    options: dict[str, int | bool | str],
+    gamma: bool,
+    by_kernels: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    mixer = make_mixer(has_prefix=prefix > 0, **options)
-    norm = torch.nn.LayerNorm(DIM)
+    if by_kernels:
+        pytest.importorskip("triton")
+        # On a CPU they run in Triton's interpreter.
+        monkeypatch.setattr(importlib.import_module("gspn2_kernels.norm"), "by_triton", lambda _: True)
+    device = "cuda" if by_kernels and torch.cuda.is_available() else "cpu"
+    mixer = make_mixer(has_prefix=prefix > 0, **options).to(device)
+    norm = torch.nn.LayerNorm(DIM, device=device)
     norm.weight.normal_()
     norm.bias.normal_()
-    stream = torch.randn(2, prefix + 15, DIM) + 0.5
-    scale = torch.randn(DIM) if gamma else None
+    stream = torch.randn(2, prefix + 15, DIM, device=device) + 0.5
+    scale = torch.randn(DIM, device=device) if gamma else None
     expected = stream + mixer(norm(stream), (5, 3)) * (1 if scale is None else scale)
     assert_close("stream", expected, mixer.add_to(stream, norm, (5, 3), scale), 1e-6)
 
