@@ -91,7 +91,7 @@ def resample_position(
     """
     # Symbolic sizes of an export are not compared: that would settle them.
     known = all(isinstance(size, int) for size in (*new_size, *old_size))
-    if known and new_size == old_size:
+    if known and tuple(new_size) == tuple(old_size):
         return embedding
     prefix, positions = embedding[:, :num_prefix_tokens], embedding[:, num_prefix_tokens:]
     grid = positions[0].float().unflatten(0, old_size)

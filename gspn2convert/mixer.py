@@ -175,9 +175,10 @@ class Gspn2Mixer(nn.Module):
         return out
 
     def _gated_scan(self, latent: Tensor, source: Tensor | Normed, grid: tuple[int, int]) -> Tensor:
-        """The scans of the latent (B, N, R), each times its gate, which are linear in the source: it, or all channels.
+        """The scans of the latent (B, N, R), each times its gate.
 
-        Where prefix tokens are left out, N = H W.
+        Inputs' scale, gate and logits are linear in the source: the latent, or the normed tokens. Where prefix tokens
+        are left out, N = H W.
         """
         linear: Callable[..., Tensor] = project if isinstance(source, Normed) else F.linear
         weight, bias = self.control.weight, self.control.bias

@@ -53,6 +53,8 @@ def check_normed(stream: Tensor, statistics: Tensor, weight: Tensor | None, bias
     """Raise a ValueError that names the first argument that does not fit the stream (B, N, C)."""
     check_first("stream", "(B, N, C)", stream)
     batch, tokens, channels = stream.shape
+    if stream.dtype == torch.float64:
+        raise ValueError("stream has dtype torch.float64, for which there is no kernel")
     if statistics.dtype != torch.float32:
         raise ValueError(f"statistics has dtype {statistics.dtype}, expected torch.float32")
     check_other("statistics", "(B, N, 2)", statistics, (batch, tokens, 2), stream, torch.float32)
@@ -81,7 +83,9 @@ def _plain(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) ->
 
 
 def norm_tokens(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, prefix: int) -> Normed:
-    """Compute what a LayerNorm of tokens takes and makes, in one pass over memory, for inference.
+    """Compute what norms each token, the normed prefix tokens and the mean normed patch, in one pass, for inference.
+
+    Without Triton, and in an export, it writes the normed tokens as well.
 
     The tensors share one dtype (fp64, fp32, fp16 or bf16) and one device; autocast leaves them alone. On a GPU sums are
     in fp32, and there is no gradient.

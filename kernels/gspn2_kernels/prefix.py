@@ -82,8 +82,8 @@ def _check(
     """Raise a ValueError that names the first argument that does not fit the stream, projected and heads."""
     check_normed(stream, statistics, norm_weight, norm_bias)
     check_first("projected", "(B, P, 3 h d)", projected)
-    if torch.float64 in (stream.dtype, projected.dtype):
-        raise ValueError("stream or projected has dtype torch.float64, for which there is no kernel")
+    if projected.dtype == torch.float64:
+        raise ValueError("projected has dtype torch.float64, for which there is no kernel")
     batch, tokens, channels = stream.shape
     prefix, width = projected.shape[1:]
     if heads < 1 or width % (3 * heads):

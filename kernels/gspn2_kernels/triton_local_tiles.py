@@ -90,7 +90,7 @@ def normed_row(b, statistics, i_r, H, W, o_q, P: tl.constexpr):
 
 @triton.jit
 def read_channels(t, nothing, o_image, o_c, C: tl.constexpr, LW: tl.constexpr, BC: tl.constexpr):
-    """Read one number a channel for a whole tile, so that it comes as vectors; from L1, not kept in registers."""
+    """Read one number a channel for a whole tile, so that it comes as vectors."""
     b = nothing
     if t is not None:
         o = tl.zeros((LW, BC), tl.int32) + o_c[None, :]

@@ -61,7 +61,9 @@ def merge(
         base = F.linear(y.flatten(-2), divide(weight, lines))
     else:
         base = product(y, weight, lines, share, values)
-    patches, found, sums = (t[:, prefix:].unflatten(1, grid) for t in (stream, statistics.contiguous(), out))
+    # Both numbers of a token are read at once.
+    found = statistics.contiguous() if statistics.data_ptr() % 8 == 0 else statistics.clone()
+    patches, found, sums = (t[:, prefix:].unflatten(1, grid) for t in (stream, found, out))
     add_up(patches, Norm(found, norm_weight, norm_bias), filters, base, row, gamma, sums)
     return out
 

@@ -27,7 +27,7 @@ from gspn2_kernels.memory import VECTOR, batch_unit, by_token, cdiv, power_of_2
 MOST_PADDING = 1.125
 # Rows that are added up at once, and channels of them.
 SUMMED_ROWS, SUMMED_CHANNELS = 32, 64
-_RUNTIME = ("B", "N", "P", "T", "rows", "sxb")
+_RUNTIME = ("B", "N", "P", "rows", "sxb")
 
 
 class Plan(NamedTuple):

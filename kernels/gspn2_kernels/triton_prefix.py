@@ -134,7 +134,8 @@ def read_kernel(
 ):  # fmt: skip
     """Score a tile of tokens for some heads: write its share, and pool it for the prefix tokens.
 
-    Tokens are multiplied as they are; scores and sums are normed instead of them.
+    Tokens are multiplied as they are; scores and sums are normed instead of them. Not so where the stream has more
+    digits than the products: there its mean is taken away before they are lost.
     """
     i_g, i = tl.program_id(0) % tl.cdiv(H, HG), tl.program_id(0) // tl.cdiv(H, HG)
     # Images may lie further apart than 32 bits can tell, and so may tokens of one.
@@ -143,13 +144,15 @@ def read_kernel(
     p_v, p_s = vectors + i_b * ((2 * P + 1) * H * C), sums + i_b * ((2 * P + 1) * H * NB * 2)
     row_g, there_g = _columns(i_g, P + 1, H, HG, PG)
     row_r, there_r = _columns(i_g, P, H, HG, PR)
+    b_s, b_d = load_statistics(statistics, i_b * N + o_m, o_m < N)
     b_g, b_r = tl.zeros((BM, HG * PG), tl.float32), tl.zeros((BM, HG * PR), tl.float32)
     for k in tl.range(0, C, BC, num_stages=NS):
         o_c = k + tl.arange(0, BC)
-        b_x = tl.load(p_x + o_c[None, :], mask=(o_m < N)[:, None] & (o_c < C)[None, :], other=0.0)
+        b_x = _read(p_x, o_m < N, b_s, b_d, o_c, C, vectors.dtype.element_ty)
         b_g = _score(b_g, b_x, p_v, row_g, there_g, o_c, C)
         b_r = _score(b_r, b_x, p_v, (P + 1) * H + row_r, there_r, o_c, C)
-    b_f, b_m = load_statistics(statistics, i_b * N + o_m, o_m < N)
+    normed: tl.constexpr = x.dtype.element_ty != vectors.dtype.element_ty
+    b_f, b_m = (tl.full((BM,), 1.0, tl.float32), tl.zeros((BM,), tl.float32)) if normed else (b_s, b_d)
     b_g = _normed(b_g, b_f, b_m, p_s, row_g, there_g, NB)
     _store_share(share, b_g, i_g, i_b, o_m, N, H, P, S, BM, HG, PG)
     b_r = _normed(b_r, b_f, b_m, p_s, (P + 1) * H + row_r, there_r, NB)
@@ -164,10 +167,19 @@ def read_kernel(
     tl.store(total + o_r, b_total, mask=there_r)
     for k in tl.range(0, C, BC, num_stages=NS):
         o_c = k + tl.arange(0, BC)
-        b_x = tl.load(p_x + o_c[None, :], mask=(o_m < N)[:, None] & (o_c < C)[None, :], other=0.0)
-        b_a = tl.dot(tl.trans(b_x.to(b_w.dtype)), b_w, input_precision="ieee") - b_mean[None, :]
+        b_x = _read(p_x, o_m < N, b_s, b_d, o_c, C, vectors.dtype.element_ty)
+        b_a = tl.dot(tl.trans(b_x), b_w, input_precision="ieee") - b_mean[None, :]
         b_a = _affine(b_a, norm_weight, norm_bias, b_total, o_c, C)
         tl.store(parts + (o_r * C)[None, :] + o_c[:, None], b_a, mask=there_r[None, :] & (o_c < C)[:, None])
+
+
+@triton.jit
+def _read(p_x, there, b_f, b_m, o_c, C: tl.constexpr, DTYPE: tl.constexpr):
+    """Read some channels of tokens, normed where they have another type than they are wanted in."""
+    b_x = tl.load(p_x + o_c[None, :], mask=there[:, None] & (o_c < C)[None, :], other=0.0)
+    if b_x.dtype != DTYPE:
+        b_x = (b_x.to(tl.float32) * b_f[:, None] - b_m[:, None]).to(DTYPE)
+    return b_x
 
 
 @triton.jit
@@ -202,7 +214,7 @@ def _columns(i_g, P: tl.constexpr, H: tl.constexpr, HG: tl.constexpr, PG: tl.con
 def _score(b_s, b_x, p_v, row, there, o_c, C: tl.constexpr):
     """Add to scores what some channels bring."""
     b_v = tl.load(p_v + (row * C)[:, None] + o_c[None, :], mask=there[:, None] & (o_c < C)[None, :], other=0.0)
-    return tl.dot(b_x.to(b_v.dtype), tl.trans(b_v), b_s, input_precision="ieee")
+    return tl.dot(b_x, tl.trans(b_v), b_s, input_precision="ieee")
 
 
 @triton.jit

@@ -83,6 +83,9 @@ def project_kernel(
         b_x = tl.load(p_x + k, mask=there[:, None] & inside, other=0.0)
         b_w = tl.load(p_w + k, mask=(o_n < R)[:, None] & inside, other=0.0)
         b_a = affine(b_x.to(tl.float32) * b_r[:, None] - b_m[:, None], norm_weight, norm_bias, k + o_k, C)
+        if C % BK:
+            # Without a weight of the norm what is beyond the channels is not 0, and may be more than fp16 holds.
+            b_a = tl.where(inside, b_a, 0.0)
         b_o = tl.dot(b_a.to(weight.dtype.element_ty), tl.trans(b_w), b_o, input_precision="ieee")
     if bias is not None:
         b_o += tl.load(bias + o_n, mask=o_n < R, other=0.0).to(tl.float32)[None, :]

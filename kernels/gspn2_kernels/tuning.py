@@ -3,7 +3,7 @@
 Shapes: B batch, H W grid, C channels, G groups, M positions of the longer line.
 """
 
-from functools import cache
+from functools import lru_cache
 from typing import NamedTuple
 
 LANES = 32
@@ -102,7 +102,7 @@ BACKWARD: Rules = (
 )
 
 
-@cache
+@lru_cache(1024)
 def plan(
     batch: int, height: int, width: int, channels: int, groups: int, itemsize: int, *, backward: bool = False
 ) -> Plan:

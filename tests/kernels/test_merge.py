@@ -226,6 +226,12 @@ def test_bad_inputs_are_named(route, name: str, edit, message: str) -> None:
         route(*drawn.values())
 
 
+def test_layouts_of_all() -> None:
+    drawn = draw((2, 3, 7, 20, 5, 6, 3), torch.float32)
+    apart = {name: t.repeat_interleave(2, -1)[..., ::2] for name, t in drawn.items() if isinstance(t, Tensor)}
+    assert torch.equal(kernels.merge(**drawn), kernels.merge(**(drawn | apart)))
+
+
 def test_bad_streams_are_named() -> None:
     drawn = draw((2, 3, 5, 8, 2, 3, 1), torch.float32)
     with pytest.raises(ValueError, match=r"statistics has shape \(2, 15, 2\), expected \(B, N, 2\) = \(2, 16, 2\)"):

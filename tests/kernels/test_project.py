@@ -91,10 +91,19 @@ def test_tokens_far_from_zero(dtype: torch.dtype, shift: float) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-def test_stream_may_be_wider_than_the_rest(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("shift", [0.5, 30])
+def test_stream_may_be_wider_than_the_rest(dtype: torch.dtype, shift: float) -> None:
     """As under autocast."""
-    drawn = draw((2, 71, 40, 5, 3), dtype)
-    check(drawn, kernels.project(*(drawn | {name: drawn[name].float() for name in NORM}).values()))
+    drawn = draw((2, 71, 40, 5, 3), torch.float32, shift)
+    drawn |= {name: drawn[name].to(dtype) for name in ("weight", "bias")}
+    check(drawn, kernels.project(*drawn.values()))
+
+
+def test_layouts_of_the_rest() -> None:
+    drawn = draw((2, 35, 24, 5, 1), torch.float32)
+    apart = {name: t.repeat_interleave(2, -1)[..., ::2] for name, t in drawn.items() if isinstance(t, Tensor)}
+    assert not any(t.is_contiguous() for t in apart.values())
+    assert torch.equal(kernels.project(*drawn.values()), kernels.project(*(drawn | apart).values()))
 
 
 @pytest.mark.parametrize("view", OF_TOKENS.values(), ids=OF_TOKENS)
