@@ -65,8 +65,9 @@ def cubic_weights(new: int, old: int, device: torch.device) -> Tensor:
     """
     centres = torch.arange(new, device=device, dtype=torch.float32) + 0.5
     sources = torch.arange(old, device=device, dtype=torch.float32) + 0.5
-    ratio = old / new
-    scale: Any = torch.sym_max(ratio, 1.0)
+    ratio: Any = old / new
+    # torch.jit.trace has sizes that are tensors.
+    scale: Any = ratio.clamp(min=1.0) if isinstance(ratio, Tensor) else torch.sym_max(ratio, 1.0)
     distance = (sources - (ratio * centres).unsqueeze(1)).abs() / scale
     # Twice Keys' kernel with a = -1/2, which PyTorch and Pillow take when antialiasing: a cubic that ends at a distance
     # of 2 and one that ends at 1. Few operations, for on a GPU each is a launch.

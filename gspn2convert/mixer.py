@@ -139,7 +139,10 @@ class Gspn2Mixer(nn.Module):
         normed = norm_tokens(residual, norm.weight, norm.bias, norm.eps, prefix)
         row = self._row(normed.mean, normed.first)
         prefix_out, share, values = (None, None, None) if self.prefix is None else self.prefix.of_normed(normed)
-        latent = project(normed, self.down.weight)
+        if type(self.down) is nn.Linear:
+            latent = project(normed, self.down.weight)
+        else:  # with an adapter, for example
+            latent = self.down(normed.written()[:, prefix:])
         y = self._gated_scan(latent, latent if self.from_latent else normed, grid)
         filters, lines = None if self.lpu is None else self.lpu.weight, self._lines(grid)
         return merge(normed, y, self.proj.weight, lines, filters, share, values, row, gamma, prefix_out)

@@ -111,7 +111,7 @@ class GspnBlock(Block):
         A mixer whose weights are spread over processes (FSDP) is listened to: its hooks gather them.
         """
         norms = self.norm1, self.norm2
-        parts = (*norms, self.ls1, *self.attn.modules())
+        parts = (*norms, self.ls1, self.drop_path1, *self.attn.modules())
         listened = any(part._forward_hooks or part._forward_pre_hooks for part in parts)
         plain = all(isinstance(norm, nn.LayerNorm) for norm in norms)
         return plain and not (torch.is_grad_enabled() or self.training or listened)
