@@ -62,7 +62,7 @@ def merge(
     """
     stream, a = normed.stream, normed.tokens
     if a is None:
-        norm = (normed.stream, normed.statistics, normed.weight, normed.bias)
+        norm = normed.unwritten()
         out: Tensor = torch.ops.gspn2.merge(*norm, y, weight, lines, filters, share, values, row, gamma, prefix_out)
         return out
     y, weight, a, filters, share, values, row = autocast(y.device.type, y, weight, a, filters, share, values, row)

@@ -44,6 +44,10 @@ class Normed(NamedTuple):
     first: Tensor
     mean: Tensor
 
+    def unwritten(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """What ops take first that norm the tokens as they read them, at the places `STREAM`."""
+        return self.stream, self.statistics, self.weight, self.bias
+
     def written(self) -> Tensor:
         """The tokens (B, N, C) after the norm."""
         return layer_norm(self.stream, self.weight, self.bias, self.eps) if self.tokens is None else self.tokens
@@ -60,6 +64,12 @@ def check_normed(stream: Tensor, statistics: Tensor, weight: Tensor | None, bias
     check_other("statistics", "(B, N, 2)", statistics, (batch, tokens, 2), stream, torch.float32)
     check_other("norm_weight", "(C,)", weight, (channels,), stream)
     check_other("norm_bias", "(C,)", bias, (channels,), stream)
+
+
+def check_prefix(prefix: int, tokens: int) -> None:
+    """Raise a ValueError where there are not so many prefix tokens."""
+    if not 0 <= prefix <= tokens:
+        raise ValueError(f"prefix is {prefix}, expected 0 to {tokens}, the number of tokens")
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
@@ -129,8 +139,7 @@ def _check(x: Tensor, weight: Tensor | None, bias: Tensor | None, prefix: int) -
     _, tokens, channels = x.shape
     check_other("weight", "(C,)", weight, (channels,), x)
     check_other("bias", "(C,)", bias, (channels,), x)
-    if not 0 <= prefix <= tokens:
-        raise ValueError(f"prefix is {prefix}, expected 0 to {tokens}, the number of tokens")
+    check_prefix(prefix, tokens)
 
 
 @define("layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps) -> Tensor")

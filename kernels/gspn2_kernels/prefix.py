@@ -60,7 +60,7 @@ def read_prefix(
         ValueError: A shape, dtype, device or number does not fit; the message names the argument.
     """
     out: tuple[Tensor, Tensor, Tensor] = torch.ops.gspn2.read_prefix(
-        *(normed.stream, normed.statistics, normed.weight, normed.bias),
+        *normed.unwritten(),
         *(projected, qkv_weight, qkv_bias, proj_weight, log_sum_weight, log_sum_bias, heads, scale),
     )
     return out

@@ -3,12 +3,14 @@
 Shapes: B batch, N = P + M tokens, P prefix tokens, M patches, C channels, R numbers of a patch.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from gspn2_kernels.norm import STREAM, Normed, check_normed
+from gspn2_kernels.norm import STREAM, Normed, check_normed, check_prefix
 from gspn2_kernels.operands import check_first, check_other, register_autocast
 from gspn2_kernels.registration import define
 
@@ -38,9 +40,7 @@ def project(normed: Normed, weight: Tensor, bias: Tensor | None = None) -> Tenso
     prefix = normed.first.shape[1]
     if normed.tokens is not None:
         return F.linear(normed.tokens[:, prefix:], weight, bias)
-    out: Tensor = torch.ops.gspn2.project(
-        normed.stream, normed.statistics, normed.weight, normed.bias, weight, bias, prefix
-    )
+    out: Tensor = torch.ops.gspn2.project(*normed.unwritten(), weight, bias, prefix)
     return out
 
 
@@ -58,48 +58,31 @@ def _check(
     check_first("weight", "(R, C)", weight)
     check_other("weight", "(R, C)", weight, (weight.shape[0], stream.shape[2]), stream, weight.dtype)
     check_other("bias", "(R,)", bias, (weight.shape[0],), weight)
-    if not 0 <= prefix <= stream.shape[1]:
-        raise ValueError(f"prefix is {prefix}, expected 0 to {stream.shape[1]}, the number of tokens")
+    check_prefix(prefix, stream.shape[1])
 
 
 @define(_SCHEMA)
-def _project(
-    stream: Tensor,
-    statistics: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    prefix: int,
-) -> Tensor:
+def _project(*arguments: Any) -> Tensor:  # noqa: ANN401  those of the schema, in order
     from gspn2_kernels import triton_project
 
-    _check(stream, statistics, norm_weight, norm_bias, weight, bias, prefix)
-    with torch.cuda.device_of(stream):
-        return triton_project.project(stream, statistics, norm_weight, norm_bias, weight, bias, prefix)
+    _check(*arguments)
+    with torch.cuda.device_of(arguments[0]):
+        return triton_project.project(*arguments)
 
 
 @torch.library.register_fake("gspn2::project")
-def _project_fake(
-    stream: Tensor,
-    statistics: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    prefix: int,
-) -> Tensor:
-    _check(stream, statistics, norm_weight, norm_bias, weight, bias, prefix)
-    return weight.new_empty(stream.shape[0], stream.shape[1] - prefix, weight.shape[0])
+def _project_fake(*arguments: Any) -> Tensor:  # noqa: ANN401  the same
+    _check(*arguments)
+    stream, *_, weight, _, prefix = arguments
+    out: Tensor = weight.new_empty(stream.shape[0], stream.shape[1] - prefix, weight.shape[0])
+    return out
 
 
 register_autocast("project", torch.ops.gspn2.project, STREAM)
 
 
 @register_flop_formula(torch.ops.gspn2.project)
-def _flops(stream: torch.Size, *others: object, **__: object) -> int:
+def _flops(stream: torch.Size, *others: Any, **__: object) -> int:
     """Count 2 FLOPs for a multiply-add, as torch does."""
     *_, weight, _, prefix = others
-    assert isinstance(weight, torch.Size)
-    assert isinstance(prefix, int)
-    return 2 * stream[0] * (stream[1] - prefix) * stream[2] * weight[0]
+    return int(2 * stream[0] * (stream[1] - prefix) * stream[2] * weight[0])

@@ -25,6 +25,7 @@ from torch import Tensor
 from gspn2_kernels.memory import by_pixel, cdiv
 from gspn2_kernels.triton_local_gradient import weight_gradient
 from gspn2_kernels.triton_local_tiles import (
+    PROGRAMS,
     SIZES,
     constants,
     inner,
@@ -37,9 +38,6 @@ from gspn2_kernels.triton_local_tiles import (
     taps,
     without_border,
 )
-
-# Programs that run at the same time on an H100: three on each of 132 multiprocessors.
-PROGRAMS = 396
 
 
 class Plan(NamedTuple):

@@ -12,13 +12,11 @@ import triton.language as tl
 from torch import Tensor
 
 from gspn2_kernels.memory import VECTOR, by_pixel, cdiv
-from gspn2_kernels.triton_local_tiles import SIZES, place, read, rows_of_a_program, strides, zeros
+from gspn2_kernels.triton_local_tiles import PROGRAMS, SIZES, place, read, rows_of_a_program, strides, zeros
 
 # Positions of a lane, of VECTOR bytes of channels: with nine sums and three rows, as many as registers hold.
 POSITIONS = 2
 LANES = 128
-# Programs that run at the same time on an H100: three on each of 132 multiprocessors.
-PROGRAMS = 396
 
 
 def weight_gradient(dout: Tensor, a: Tensor, weight: Tensor) -> Tensor:
@@ -56,7 +54,7 @@ def _tile(width: int, channels: int, itemsize: int) -> tuple[int, int]:
 
     def cost(lanes: int) -> int:
         positions, block = lanes * POSITIONS, LANES // lanes * VECTOR // itemsize
-        return -(-width // positions) * (positions + 2) * -(-channels // block) * block
+        return cdiv(width, positions) * (positions + 2) * cdiv(channels, block) * block
 
     lanes = min((8, 4), key=cost)
     return lanes, LANES // lanes * VECTOR // itemsize

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from gspn2_kernels.memory import batch_unit, cdiv
 
+# Programs that run at the same time on an H100: three on each of 132 multiprocessors.
+PROGRAMS = 396
 # Rows of a program: fewer cost more for the rows above and below, more leave multiprocessors idle at the end.
 FEWEST_ROWS, MOST_ROWS = 2, 32
 SIZES = ("H", "W", "rows", "strips", "pieces", "sab", "ssb", "sbb", "sob", "sgb")

@@ -14,6 +14,7 @@ from gspn2_kernels.testing import TOLERANCES, assert_close
 
 pytest.importorskip("triton")
 kernels = pytest.importorskip("gspn2_kernels.triton_local")
+gradient = pytest.importorskip("gspn2_kernels.triton_local_gradient")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PREFIX = 3
@@ -79,7 +80,8 @@ def test_kernels_are_the_convolution(shape, dtype: torch.dtype) -> None:
 
 
 def test_a_program_sums_up_several_tiles_and_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "PROGRAMS", 1)
+    for module in (kernels, gradient):
+        monkeypatch.setattr(module, "PROGRAMS", 1)
     drawn = draw((2, 3, 17, 70), torch.float32)
     da, dweight = kernels.backward(drawn["dout"], drawn["a"], drawn["weight"])
     _, da_ref, dweight_ref, _ = in_fp64(drawn)
