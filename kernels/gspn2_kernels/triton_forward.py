@@ -46,42 +46,71 @@ def line_scan_fwd_kernel(
     o_q, o_c = place(M, origin, C, WC, GRID, WP, CL, BC, P)
     r_q, r_c = place(M, origin, C, WC, GRID, 1, CL, BC, P)
     low = tl.program_id(0) % GRID * own
-    o_v, r_v = o_c[:, None] + tl.arange(0, BC)[None, :], r_c[:, None] + tl.arange(0, BC)[None, :]
-    o_pixel, r_pixel = start + o_q * across, start + r_q * across
-    p_x = x + i_b * sxb + (o_pixel * SX)[:, None] + o_v
-    p_l = lam + i_b * slb + i_d * SLD + (o_pixel * SL)[:, None] + o_v
-    p_u = u + i_b * sub + i_d * SUD + (o_pixel * SU)[:, None] + o_v
-    p_a = logits + i_b * sab + i_d * SAD + (r_pixel * SA + r_c // GC * SAG)[:, None] + tl.arange(0, 4)[None, :]
+    r_v, r_pixel = r_c[:, None] + tl.arange(0, BC)[None, :], start + r_q * across
+    if x is None:
+        p_x, lines = x, (tl.where(step < 0, -M, M), 1)
+        p_l, p_u, p_a = _planes(
+            lam, logits, u, i_b * 4 + i_d, H, W, T, M, step, o_q, o_c, r_q, r_c, C, GC, WC, GRID, CL, BC
+        )
+    else:
+        o_pixel, o_v, lines = start + o_q * across, o_c[:, None] + tl.arange(0, BC)[None, :], (step, across)
+        p_x = x + i_b * sxb + (o_pixel * SX)[:, None] + o_v
+        p_l = lam + i_b * slb + i_d * SLD + (o_pixel * SL)[:, None] + o_v
+        p_u = u + i_b * sub + i_d * SUD + (o_pixel * SU)[:, None] + o_v
+        p_a = logits + i_b * sab + i_d * SAD + (r_pixel * SA + r_c // GC * SAG)[:, None] + tl.arange(0, 4)[None, :]
     p_y = y + i_b * (H * W * 4 * C) + i_d * C + (r_pixel * (4 * C))[:, None] + r_v
     p_s = states + (i_b * 4 + i_d) * (H * W * C) + (r_q * C)[:, None] + r_v
-    block = (i_b * 4 + i_d) * (tl.num_programs(0) // GRID) + tl.program_id(0) // GRID
-    p_h = scratch + block * (2 * tl.maximum(H, W) * WC * CL * BC)
+    p_h = scratch + _block(i_b * 4 + i_d, GRID) * (2 * tl.maximum(H, W) * WC * CL * BC)
     b_h = zeros(WC, BC, P)
     if GRID > 1:
         if launch > 0:
             b_h = get(p_h, launch % 2, M, origin, WC, CL, BC, P)
     b_h = _lines(
-        b_h, first, tl.minimum(last, T), segment, state_scale, step, across, M, p_x, p_l, p_u, p_a, p_y, p_s, o_q, r_q,
-        low, tl.minimum(low + own, M), C, SX, SL, SU, SA, SAVE, WC, GRID, WP, CL, BC, P, NS, AHEAD,
+        b_h, first, tl.minimum(last, T), segment, state_scale, step, across, lines, M, p_x, p_l, p_u, p_a, p_y, p_s,
+        o_q, r_q, low, tl.minimum(low + own, M), C, SX, SL, SU, SA, SAVE, WC, GRID, WP, CL, BC, P, NS, AHEAD,
     )  # fmt: skip
     if GRID > 1:
         put(b_h, p_h, (launch + 1) % 2, M, origin, low, tl.minimum(low + own, M), WC, CL, BC, P)
 
 
 @triton.jit
+def _block(i, GRID: tl.constexpr):
+    """Number the block of channels of direction i, counted through the images, through all of them."""
+    return i * (tl.num_programs(0) // GRID) + tl.program_id(0) // GRID
+
+
+@triton.jit
+def _planes(
+    lam, logits, u, i, H, W, T, M, step, o_q, o_c, r_q, r_c, C: tl.constexpr, GC: tl.constexpr, WC: tl.constexpr,
+    GRID: tl.constexpr, CL: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """Point to the first line of direction i, counted through the images, in planes (plane, T, M, numbers of a plane).
+
+    A plane holds the channels of a warp, or the logits of a group: programs read it from one end to the other.
+    """
+    warps, groups = tl.num_programs(0) // GRID * WC, C // GC
+    first = tl.where(step < 0, (T - 1) * M, 0)
+    o_v = o_c // (CL * BC) * (H * W * CL * BC) + o_c % (CL * BC) + (first + o_q) * (CL * BC)
+    o_v = i * warps * (H * W * CL * BC) + (o_v[:, None] + tl.arange(0, BC)[None, :])
+    o_a = r_c // GC * (H * W * 4) + (first + r_q) * 4
+    p_a = logits + i * groups * (H * W * 4) + (o_a[:, None] + tl.arange(0, 4)[None, :])
+    return lam + o_v, u + o_v, p_a
+
+
+@triton.jit
 def _lines(
-    b_h, first, last, segment, state_scale, step, across, M, p_x, p_l, p_u, p_a, p_y, p_s, o_q, r_q, low, high,
+    b_h, first, last, segment, state_scale, step, across, lines, M, p_x, p_l, p_u, p_a, p_y, p_s, o_q, r_q, low, high,
     C: tl.constexpr, SX: tl.constexpr, SL: tl.constexpr, SU: tl.constexpr, SA: tl.constexpr, SAVE: tl.constexpr,
     WC: tl.constexpr, GRID: tl.constexpr, WP: tl.constexpr, CL: tl.constexpr, BC: tl.constexpr,
     P: tl.constexpr, NS: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Scan lines for which a segment needs nothing from its neighbours."""
     if AHEAD:
-        line = _read(first, first < last, segment, step, across, M, p_x, p_l, p_u, p_a, o_q, r_q,
+        line = _read(first, first < last, segment, lines, M, p_x, p_l, p_u, p_a, o_q, r_q,
                      SX, SL, SU, SA, WC, GRID, WP, CL, BC, P)  # fmt: skip
     for i in tl.range(first, last, num_stages=NS):
         i_r = i + 1 if AHEAD else i
-        read = _read(i_r, i_r < last, segment, step, across, M, p_x, p_l, p_u, p_a, o_q, r_q,
+        read = _read(i_r, i_r < last, segment, lines, M, p_x, p_l, p_u, p_a, o_q, r_q,
                      SX, SL, SU, SA, WC, GRID, WP, CL, BC, P)  # fmt: skip
         b_h = _advance(
             b_h, line if AHEAD else read, i * step, i * M, across, state_scale, p_y, p_s, r_q, low, high,
@@ -94,7 +123,7 @@ def _lines(
 
 @triton.jit
 def _read(
-    i, there, segment, step, across, M, p_x, p_l, p_u, p_a, o_q, r_q, SX: tl.constexpr, SL: tl.constexpr,
+    i, there, segment, lines, M, p_x, p_l, p_u, p_a, o_q, r_q, SX: tl.constexpr, SL: tl.constexpr,
     SU: tl.constexpr, SA: tl.constexpr, WC: tl.constexpr, GRID: tl.constexpr, WP: tl.constexpr,
     CL: tl.constexpr, BC: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
@@ -102,15 +131,16 @@ def _read(
     keep = tl.where(i % segment == 0, 0.0, 1.0)
     line = ()
     for p in tl.static_range(P):
-        o = i * step + p * across
+        o = i * lines[0] + p * lines[1]
         m_load, m_all = within(o_q + p, 0, M, GRID) & there, within(r_q + p, 0, M, GRID) & there
         b_a = tl.load(p_a + o * SA, mask=m_all, other=0.0)
         w0, w1, w2 = weights(b_a, r_q + p <= 0, r_q + p >= M - 1, keep, WC * 32)
-        b_x = to_state(tl.load(p_x + o * SX, mask=m_load, other=0.0), WC, WP, CL, BC)
-        b_l = to_state(tl.load(p_l + o * SL, mask=m_load, other=0.0), WC, WP, CL, BC)
+        b_l = to_state(tl.load(p_l + o * SL, mask=m_load, other=0.0), WC, WP, CL, BC).to(tl.float32)
+        if p_x is not None:
+            b_l *= to_state(tl.load(p_x + o * SX, mask=m_load, other=0.0), WC, WP, CL, BC).to(tl.float32)
         b_u = to_state(tl.load(p_u + o * SU, mask=m_load, other=0.0), WC, WP, CL, BC)
         line = line + (per_lane(w0, WC)[None], per_lane(w1, WC)[None], per_lane(w2, WC)[None])
-        line = line + (b_x.to(tl.float32) * b_l.to(tl.float32), b_u.to(tl.float32))
+        line = line + (b_l, b_u.to(tl.float32))
     return line
 
 

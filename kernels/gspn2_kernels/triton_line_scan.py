@@ -4,7 +4,7 @@ Shapes: B batch, H W grid, C channels, G groups, K = 3 neighbours; T lines of M 
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -60,18 +60,43 @@ def _forward(
         return y
     chosen = chosen or plan(batch, height, width, channels, logits.shape[4], x.element_size())
     x, lam, u, logits = by_pixel(x), by_pixel(lam), by_pixel(u), _padded(logits)
-    constants = {**_strides(x, lam, logits, u), **chosen._asdict(), "SAVE": states is not None, "num_warps": chosen.WC}
-    _check_offsets(x, lam, logits, u, y)
-    scratch = _scratch(x, chosen)
+    constants = _strides(x, lam, logits, u)
+    check_offsets(x, lam, logits, u, y)
     # Triton launches on the current device, which need not be that of x.
     with torch.cuda.device_of(x):
-        for launch, first, last in _launches(x, chosen):
-            line_scan_fwd_kernel[_grid(x, chosen)](
-                x, lam, logits, u, y, y if states is None else states, scratch, first, last, launch, height, width,
-                segment or height + width, 1 / _state_scale(x), x.stride(0), lam.stride(0), logits.stride(0),
-                u.stride(0), **constants,
-            )  # fmt: skip
+        scan_forward((x, lam, logits, u), y, states, segment, chosen, constants)
     return y
+
+
+def scan_forward(
+    inputs: tuple[Tensor | None, Tensor, Tensor, Tensor],
+    y: Tensor,
+    states: Tensor | None,
+    segment: int,
+    chosen: Plan,
+    constants: dict[str, int],
+) -> None:
+    """Launch the forward on the current device, which is to be that of the tensors.
+
+    Args:
+        inputs: x, lam, logits and u as `line_scan_fwd_kernel` takes them: without x, the others in planes.
+        y: Where the result goes (B, H, W, 4, C).
+        states: Where the states go, or None.
+        segment: Lines after which a scan restarts, or 0.
+        chosen: Constants of the kernel.
+        constants: The strides among them, and the channels of a group.
+    """
+    batch, height, width, _, channels = y.shape
+    shape = (batch, height, width, channels)
+    # Planes are contiguous.
+    by_image = [0 if inputs[0] is None or t is None else t.stride(0) for t in inputs]
+    scratch = _scratch(shape, chosen, y.device)
+    for launch, first, last in _launches(shape, chosen):
+        line_scan_fwd_kernel[_grid(shape, chosen)](
+            *inputs, y, y if states is None else states, scratch, first, last, launch, height, width,
+            segment or height + width, 1 / _state_scale(y), *by_image, C=channels, SAVE=states is not None,
+            num_warps=chosen.WC, **constants, **chosen._asdict(),
+        )  # fmt: skip
 
 
 def line_scan_recomputed_bwd(
@@ -102,20 +127,20 @@ def line_scan_bwd(
     dx, dlogits = (torch.empty(t.shape, dtype=x.dtype, device=x.device) for t in (x, logits))
     if lam.numel() == 0:
         return dx.zero_(), dlam, dlogits.zero_(), du
-    chosen = chosen or plan(batch, height, width, channels, logits.shape[4], x.element_size(), backward=True)
+    chosen = chosen or plan(batch, height, width, channels, logits.shape[4], x.element_size(), "backward")
     dy, x, lam, u, logits = by_pixel(dy), by_pixel(x), by_pixel(lam), by_pixel(u), _padded(logits)
     constants = {**_strides(x, lam, logits, u), "SY": dy.stride(2), "SYD": dy.stride(3), **chosen._asdict()}
     del constants["AHEAD"]
-    _check_offsets(x, lam, logits, u, dy)
+    check_offsets(x, lam, logits, u, dy)
     tiles = cdiv(channels, chosen.tile)
     sums = torch.empty(tiles, batch, 4, height * width, 2, dtype=torch.float32, device=x.device)
-    scratch = _scratch(x, chosen)
+    scratch = _scratch(x.shape, chosen, x.device)
     with torch.cuda.device_of(x):
-        for launch, first, last in _launches(x, chosen):
-            line_scan_bwd_kernel[_grid(x, chosen)](
+        for launch, first, last in _launches(x.shape, chosen):
+            line_scan_bwd_kernel[_grid(x.shape, chosen)](
                 x, lam, logits, u, dy, states, shares, dlam, du, sums, scratch, first, last, launch, height,
                 width, segment or height + width, _state_scale(x), x.stride(0), lam.stride(0), logits.stride(0),
-                u.stride(0), dy.stride(0), **constants, num_warps=chosen.WC,
+                u.stride(0), dy.stride(0), C=channels, **constants, num_warps=chosen.WC,
             )  # fmt: skip
         _sum_shares(shares, sums, logits, segment, dx, dlogits)
     return dx, dlam, dlogits, du
@@ -141,19 +166,19 @@ def _sum_shares(shares: Tensor, sums: Tensor, logits: Tensor, segment: int, dx: 
     )  # fmt: skip
 
 
-def _grid(x: Tensor, chosen: Plan) -> tuple[int, int, int]:
-    return cdiv(x.shape[3], chosen.WC * chosen.tile) * chosen.GRID, 4, x.shape[0]
+def _grid(shape: Sequence[int], chosen: Plan) -> tuple[int, int, int]:
+    return cdiv(shape[3], chosen.WC * chosen.tile) * chosen.GRID, 4, shape[0]
 
 
-def _launches(x: Tensor, chosen: Plan) -> Iterator[tuple[int, int, int]]:
-    """Number the launches; each has a first line and the one after its last."""
-    longest = max(x.shape[1], x.shape[2])
-    lines = chosen.lines_per_launch(x.shape[1], x.shape[2])
+def _launches(shape: Sequence[int], chosen: Plan) -> Iterator[tuple[int, int, int]]:
+    """Number the launches for a shape (B, H, W, C); each has a first line and the one after its last."""
+    longest = max(shape[1], shape[2])
+    lines = chosen.lines_per_launch(shape[1], shape[2])
     for launch, first in enumerate(range(0, longest, lines)):
         yield launch, first, first + lines
 
 
-def _check_offsets(*tensors: Tensor) -> None:
+def check_offsets(*tensors: Tensor) -> None:
     """Make sure that 32 bits hold every offset inside an image."""
     for t in tensors:
         if t.shape[1] * t.stride(1) + math.prod(t.shape[3:]) >= 2**31:
@@ -165,7 +190,6 @@ def _check_offsets(*tensors: Tensor) -> None:
 def _strides(x: Tensor, lam: Tensor, logits: Tensor, u: Tensor) -> dict[str, int]:
     """Name the strides that are constants of a kernel: with them known, loads are vectors."""
     return {
-        "C": x.shape[3],
         "GC": x.shape[3] // logits.shape[4],
         "SX": x.stride(2),
         "SL": lam.stride(2),
@@ -188,12 +212,12 @@ def _padded(logits: Tensor) -> Tensor:
     return torch.nn.functional.pad(logits, (0, 1))[..., :3]
 
 
-def _scratch(x: Tensor, chosen: Plan) -> Tensor:
+def _scratch(shape: Sequence[int], chosen: Plan, device: torch.device) -> Tensor:
     """Make room for the states that one launch hands to the next: two buffers of a line, for every scan."""
-    batch, height, width, channels = x.shape
+    batch, height, width, channels = shape
     block = chosen.WC * chosen.tile
     numbers = batch * 4 * 2 * max(height, width) * cdiv(channels, block) * block
-    return torch.empty(numbers if chosen.GRID > 1 else 0, dtype=torch.float32, device=x.device)
+    return torch.empty(numbers if chosen.GRID > 1 else 0, dtype=torch.float32, device=device)
 
 
 def _keeps_fp16(x: Tensor) -> bool:

@@ -41,13 +41,13 @@ from gspn2_kernels.triton_local_tiles import (
 
 
 class Plan(NamedTuple):
-    """Positions of a lane, lanes along a line, warps of a program, bytes of a lane's channels, and its registers."""
+    """Positions of a lane, lanes along a line, warps of a program, bytes of a lane's channels, and rows under way."""
 
     positions: int
     lanes: int = 4
     warps: int = 4
     vector: int = 8
-    registers: int | None = 168
+    stages: int = 4
 
 
 class Norm(NamedTuple):
@@ -136,7 +136,7 @@ def _launch(
         a, statistics, scale, shift, weight, base, row, gamma, out, height, width, rows,
         0 if statistics is None else statistics.stride(0), **strides("a", a), **strides("b", base),
         **strides("o", out), C=channels, FLIP=flip, LW=chosen.lanes, BC=block, P=chosen.positions,
-        num_warps=chosen.warps, maxnreg=chosen.registers,
+        NS=chosen.stages, num_warps=chosen.warps,
     )  # fmt: skip
 
 
@@ -150,6 +150,7 @@ def _convolution_kernel(
     a, statistics, scale, shift, weight, base, row, gamma, out, H, W, rows, ssb, sab, sbb, sob,
     C: tl.constexpr, SA: tl.constexpr, UA: tl.constexpr, SB: tl.constexpr, UB: tl.constexpr, SO: tl.constexpr,
     UO: tl.constexpr, FLIP: tl.constexpr, LW: tl.constexpr, BC: tl.constexpr, P: tl.constexpr,
+    NS: tl.constexpr,
 ):  # fmt: skip
     """Compute some rows of a tile; a, base and out have batch strides s?b U? and strides S? of a position.
 
@@ -175,7 +176,7 @@ def _convolution_kernel(
         above = normed_row(read(p_a, first - 1, H, W, o_q, o_c, C, SA, 1, P), p_s, first - 1, H, W, o_q, P)
         ending = without_border(start, weight, shift, 0, first == 0, o_q, o_c, W, C, P)
         state = _add(_add(ending, above, w, 0, P), b_z, w, 1, P), _add(start, b_z, w, 0, P), inner(here, P)
-        for i in range(first, last - 1):
+        for i in tl.range(first, last - 1, num_stages=NS):
             state = _row(state, start, w, row, b_gamma, p_a, p_s, p_b, p_o, i, H, W, o_q, o_c, C, SA, SB, SO, P)
         ending = without_border(state[0], weight, shift, 6, last == H, o_q, o_c, W, C, P)
         state = ending, state[1], state[2]

@@ -25,8 +25,10 @@ from gspn2_kernels.memory import VECTOR, batch_unit, by_token, cdiv, power_of_2
 
 # How many channels, to those there are, chunks may hold before narrower ones cost less.
 MOST_PADDING = 1.125
-# Rows that are added up at once, and channels of them.
-SUMMED_ROWS, SUMMED_CHANNELS = 32, 64
+# Rows that are added up at once, and channels of them: many images, and few.
+SUMMED, SUMMED_OF_FEW = (32, 64), (128, 16)
+# Programs that keep an H100 busy.
+ENOUGH = 132
 _RUNTIME = ("B", "N", "P", "rows", "sxb")
 
 
@@ -73,9 +75,9 @@ def statistics(
         return found, first, x.new_zeros(batch, channels)
     mean = x.new_empty(batch, channels)
     shares = _run(x, weight, bias, eps, prefix, chosen or Plan(), found=found, first=first)
-    blocks = cdiv(channels, SUMMED_CHANNELS)
-    sum_kernel[(batch * blocks,)](
-        shares, mean, batch, len(shares), C=channels, BT=SUMMED_ROWS, BC=SUMMED_CHANNELS, num_warps=4
+    rows, block = SUMMED if batch * cdiv(channels, SUMMED[1]) >= ENOUGH else SUMMED_OF_FEW
+    sum_kernel[(batch * cdiv(channels, block),)](
+        shares, mean, batch, len(shares), C=channels, BT=rows, BC=block, num_warps=4
     )
     return found, first, mean
 

@@ -71,10 +71,11 @@ class Rule(NamedTuple):
 
 
 ENDLESS = 1 << 30
-# Forward and backward, each by the number of warps at least, shortest lines first; chosen on an H100 with
-# kernels/benchmarks/tune.py. With few warps the time goes by the number of steps: lanes that hold less and take them
-# faster pay, as do programs of one warp, which wait for no other.
+# Each by the number of warps at least, shortest lines first; chosen on an H100 with kernels/benchmarks/tune.py, those
+# of planes on an H200. With few warps the time goes by the number of steps: lanes that hold less and take them faster
+# pay, as do programs of one warp, which wait for no other.
 Rules = tuple[tuple[int, tuple[Rule, ...]], ...]
+FEW_WARPS = (0, (Rule(128, 0, 0, 1, 8, 1, 4, ahead=True), Rule(ENDLESS, 32, 16, 1, 8, 1, 4, ahead=True)))
 FORWARD: Rules = (
     (256, (Rule(16, 0, 0, 2, 16, 4, 5), Rule(160, 0, 0, 2, 16, 4, 3), Rule(ENDLESS, 64, 16, 2, 16, 4, 3))),
     (
@@ -85,7 +86,28 @@ FORWARD: Rules = (
             Rule(ENDLESS, 16, 24, 1, 16, 1, 4, ahead=True),
         ),
     ),
-    (0, (Rule(128, 0, 0, 1, 8, 1, 4, ahead=True), Rule(ENDLESS, 32, 16, 1, 8, 1, 4, ahead=True))),
+    FEW_WARPS,
+)
+# Of planes a warp reads whole runs by itself, whatever others do.
+PLANES: Rules = (
+    (
+        256,
+        (
+            Rule(40, 0, 0, 2, 16, 1, 4, ahead=True),
+            Rule(80, 0, 0, 2, 16, 1, 3),
+            Rule(160, 0, 0, 2, 16, 2, 3),
+            Rule(ENDLESS, 64, 16, 2, 16, 1, 3),
+        ),
+    ),
+    (
+        64,
+        (
+            Rule(64, 0, 0, 1, 16, 1, 4, ahead=True),
+            Rule(256, 32, 16, 1, 8, 1, 4, ahead=True),
+            Rule(ENDLESS, 16, 24, 1, 16, 1, 4, ahead=True),
+        ),
+    ),
+    FEW_WARPS,
 )
 BACKWARD: Rules = (
     (
@@ -102,9 +124,12 @@ BACKWARD: Rules = (
 )
 
 
+RULES = {"forward": FORWARD, "planes": PLANES, "backward": BACKWARD}
+
+
 @lru_cache(1024)
 def plan(
-    batch: int, height: int, width: int, channels: int, groups: int, itemsize: int, *, backward: bool = False
+    batch: int, height: int, width: int, channels: int, groups: int, itemsize: int, kernel: str = "forward"
 ) -> Plan:
     """Choose the constants of a kernel for a shape.
 
@@ -115,10 +140,10 @@ def plan(
         channels: C.
         groups: G, a divisor of C.
         itemsize: Bytes of a number in memory.
-        backward: For the backward kernel instead of the forward one.
+        kernel: "forward", the same of "planes", or "backward".
     """
     positions = max(height, width)
-    for least, rules in BACKWARD if backward else FORWARD:
+    for least, rules in RULES[kernel]:
         rule = next(rule for rule in rules if positions <= rule.positions)
         chosen = _fit(rule, positions, channels, groups, itemsize)
         if 4 * batch * chosen.GRID * -(-channels // chosen.tile) >= least:

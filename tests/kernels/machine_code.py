@@ -25,7 +25,7 @@ INTEGERS = ("first", "last", "launch", "H", "W", "segment", *BATCH_STRIDES)
 def main() -> None:
     """Compile the throughput plans of bf16, 64 channels, 74 x 74."""
     shape = (32, 74, 74, 64, 1, 2)
-    forward, backward = plan(*shape), plan(*shape, backward=True)
+    forward, backward = plan(*shape), plan(*shape, "backward")
     strides = {"C": 64, "GC": 64, "SX": 64, "SL": 256, "SLD": 64, "SA": 16, "SAD": 4, "SAG": 4, "SU": 256, "SUD": 64}
     print(
         json.dumps(

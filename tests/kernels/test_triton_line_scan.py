@@ -133,20 +133,20 @@ def test_saved_states_of_large_values_stay_finite() -> None:
     check(reference(inputs, dy, 0), run(inputs, dy, 0, Plan(1, 1, 1, 1, 2, 1, 3)), torch.float16)
 
 
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("kernel", ["forward", "planes", "backward"])
 @pytest.mark.parametrize("itemsize", [2, 4])
-def test_table_gives_plans_that_cover_the_shape(itemsize: int, backward: bool) -> None:
+def test_table_gives_plans_that_cover_the_shape(itemsize: int, kernel: str) -> None:
     channels, positions = (1, 5, 8, 24, 48, 64, 96, 1152), (1, 14, 37, 74, 81, 147, 161, 256, 1024, 4096)
     for batch, c, m in itertools.product((1, 64), channels, positions):
         for groups in {1, c}:
-            chosen = plan(batch, m, 3, c, groups, itemsize, backward=backward)
+            chosen = plan(batch, m, 3, c, groups, itemsize, kernel)
             held, own, lines = 32 // chosen.CL * chosen.P, -(-m // chosen.GRID), chosen.lines_per_launch(m, 3)
             assert own + (min(2, chosen.GRID - 1) * lines if chosen.GRID > 1 else 0) <= held
             assert lines >= (8 if chosen.GRID > 1 else m)
             assert c // groups % chosen.BC == 0
             assert groups == 1 or c // groups % chosen.tile == 0
             # The layouts in registers follow the loads only while some warps differ in their channels alone.
-            assert chosen.WP == 1 or 2 * chosen.WP <= chosen.WC
+            assert chosen.WP == 1 or 2 * chosen.WP <= chosen.WC and kernel != "planes"
 
 
 @pytest.fixture

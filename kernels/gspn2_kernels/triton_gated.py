@@ -1,0 +1,179 @@
+"""The scans of a latent on a GPU by Triton: lam, u and logits are products of it, written as a scan reads them.
+
+A scan in the order of pixels reads short runs of memory, and those of a row or of a column far apart. Here every number
+has been written by ourselves, so it lies where it is read: in planes, one for each direction and each warp's channels,
+which hold line after line. lam comes times the latent, which no direction then reads.
+
+Shapes: B batch, H W grid, R latent channels, G groups, E channels of a warp, T lines of M positions in a direction; a
+tile is TH TW pixels by BN numbers, in steps of BK channels. A half is two directions: with rows, or columns, as lines.
+"""
+
+# What kernels take are pointers, blocks and constants, of which only the last have types.
+# mypy: disable-error-code="no-untyped-def"
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gspn2_kernels.memory import cdiv
+from gspn2_kernels.triton_line_scan import check_offsets, scan_forward
+from gspn2_kernels.triton_norm import MOST_PADDING
+from gspn2_kernels.tuning import Plan as ScanPlan
+from gspn2_kernels.tuning import plan
+
+
+class Plan(NamedTuple):
+    """Rows and columns of a tile's pixels, most numbers of it, channels of a step, warps, and steps under way."""
+
+    rows: int = 16
+    columns: int = 8
+    numbers: int = 64
+    step: int = 64
+    warps: int = 4
+    stages: int = 2
+
+
+# Products of fp32 keep all they multiply in registers.
+FP32 = Plan(8, 4, 16, 16, 4, 2)
+# Programs that keep an H100 busy.
+ENOUGH = 192
+# The fewest columns of a product.
+FEWEST = 16
+
+
+def gated_scan(
+    latent: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    grid: tuple[int, int],
+    groups: int,
+    segment: int,
+    *,
+    chosen: ScanPlan | None = None,
+) -> Tensor:
+    """Compute `gspn2::gated_scan`, arguments as there; `chosen` are the constants of the scan."""
+    (height, width), (batch, _, channels) = grid, latent.shape
+    y = torch.empty(batch, height, width, 4, channels, dtype=latent.dtype, device=latent.device)
+    if y.numel() == 0:
+        return y
+    chosen = chosen or plan(batch, height, width, channels, groups, latent.element_size(), "planes")
+    lam, u, logits = predict(latent, weight, bias, grid, groups, chosen)
+    strides = {"SX": 0, "SL": chosen.tile, "SLD": 0, "SA": 4, "SAD": 0, "SAG": 0, "SU": chosen.tile, "SUD": 0}
+    scan_forward((None, lam, logits, u), y, None, segment, chosen, {"GC": channels // groups, **strides})
+    return y
+
+
+def predict(
+    latent: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    grid: tuple[int, int],
+    groups: int,
+    scan: ScanPlan,
+    chosen: Plan | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute lam times the latent, u and the logits, as the forward kernel reads them.
+
+    Args:
+        latent: (B, H W, R).
+        weight: (8 R + 12 G, R).
+        bias: (8 R + 12 G,).
+        grid: H, W.
+        groups: G.
+        scan: Constants of the scan.
+        chosen: Constants of this kernel.
+
+    Returns:
+        Two planes (B, 4, R / E, T M, E), R rounded up to what a program of the scan takes, and (B, 4, G, T M, 4), of
+        which each fourth logit is the third once more.
+    """
+    (height, width), (batch, _, channels) = grid, latent.shape
+    chosen = chosen or _plan(latent.dtype, grid, batch)
+    warps = cdiv(channels, scan.WC * scan.tile) * scan.WC
+    gates = latent.new_empty(2, batch, 4, warps, height * width, scan.tile)
+    logits = latent.new_empty(batch, 4, groups, height * width, 4)
+    check_offsets(*gates, logits)
+    step = min(chosen.step, _block(channels, 64))
+    pixels = batch * cdiv(height, chosen.rows) * cdiv(width, chosen.columns)
+    predict_kernel[(2 * pixels,)](
+        latent.contiguous(), weight.contiguous(), bias.contiguous(), *gates, logits, height, width, R=channels,
+        G=groups, WARPS=warps, E=scan.tile, TH=chosen.rows, TW=chosen.columns, BN=_block(channels, chosen.numbers),
+        BL=FEWEST, BK=step, NS=chosen.stages, num_warps=chosen.warps,
+    )  # fmt: skip
+    return gates[0], gates[1], logits
+
+
+def _plan(dtype: torch.dtype, grid: tuple[int, int], batch: int) -> Plan:
+    """Choose the constants of the products: smaller tiles where larger ones leave multiprocessors without one."""
+    if dtype == torch.float32:
+        return FP32
+    large = Plan()
+    tiles = 2 * batch * cdiv(grid[0], large.rows) * cdiv(grid[1], large.columns)
+    return large if tiles >= ENOUGH else large._replace(rows=large.rows // 2)
+
+
+def _block(channels: int, most: int) -> int:
+    """Choose how many channels a product has at once: fewer where the last one would hold much padding."""
+    while most > FEWEST and cdiv(channels, most) * most > MOST_PADDING * channels:
+        most //= 2
+    return most
+
+
+@triton.jit(do_not_specialize=("H", "W"))
+def predict_kernel(
+    latent, weight, bias, lam, u, logits, H, W, R: tl.constexpr, G: tl.constexpr, WARPS: tl.constexpr,
+    E: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr, BN: tl.constexpr, BL: tl.constexpr, BK: tl.constexpr,
+    NS: tl.constexpr,
+):  # fmt: skip
+    """Compute what two directions need of a tile of pixels."""
+    half, i = tl.program_id(0) % 2, tl.program_id(0) // 2
+    i_h, i_w, i_b = i // tl.cdiv(W, TW) % tl.cdiv(H, TH), i % tl.cdiv(W, TW), i // tl.cdiv(W, TW) // tl.cdiv(H, TH)
+    i_b = i_b.to(tl.int64)
+    # Pixels in the order of the directions' positions, so that runs of them are written.
+    o_m = tl.arange(0, TH * TW)
+    o_h = i_h * TH + tl.where(half == 0, o_m // TW, o_m % TH)
+    o_w = i_w * TW + tl.where(half == 0, o_m % TW, o_m // TH)
+    there = (o_h < H) & (o_w < W)
+    o_q = tl.where(half == 0, o_h * W + o_w, o_w * H + o_h)
+    p_z = latent + (i_b * (H * W) + o_h * W + o_w)[:, None] * R
+    b_z: tl.tuple = ()
+    for k in tl.static_range(0, R, BK):
+        o_k = k + tl.arange(0, BK)
+        b_z = b_z + (tl.load(p_z + o_k[None, :], mask=there[:, None] & (o_k < R)[None, :], other=0.0),)
+    tiles: tl.constexpr = (R + BN - 1) // BN
+    for n in tl.range(0, 2 * tiles, num_stages=NS):
+        d, c = 2 * half + n // tiles, n % tiles * BN + tl.arange(0, BN)
+        o, mask = _place(d * WARPS + c // E, c % E, o_q, H * W, E), there[:, None] & (c < R)[None, :]
+        b_l = _product(b_z, weight, bias, d * R + c, c < R, R, BK)
+        b_l *= tl.load(p_z + c[None, :], mask=mask, other=0.0).to(tl.float32)
+        tl.store(lam + i_b * (4 * WARPS * E) * (H * W) + o, b_l.to(lam.dtype.element_ty), mask=mask)
+        b_u = _product(b_z, weight, bias, (4 + d) * R + c, c < R, R, BK)
+        tl.store(u + i_b * (4 * WARPS * E) * (H * W) + o, b_u.to(u.dtype.element_ty), mask=mask)
+    for n in tl.range(0, 8 * G, BL):
+        o_n = n + tl.arange(0, BL)
+        # A direction's logits follow those of the one before: groups of three, each read as four.
+        plane, o_l = 2 * half * G + o_n // 4, o_n % 4
+        b_a = _product(b_z, weight, bias, 8 * R + 3 * plane + tl.minimum(o_l, 2), o_n < 8 * G, R, BK)
+        o_a = i_b * (16 * G) * (H * W) + _place(plane, o_l, o_q, H * W, 4)
+        tl.store(logits + o_a, b_a.to(logits.dtype.element_ty), mask=there[:, None] & (o_n < 8 * G)[None, :])
+
+
+@triton.jit
+def _place(plane, e, o_q, pixels, E: tl.constexpr):
+    """Tell where number e of each plane's E is, for positions o_q of its lines."""
+    return (plane * (pixels * E) + e)[None, :] + (o_q * E)[:, None]
+
+
+@triton.jit
+def _product(b_z, weight, bias, o_r, inside, R: tl.constexpr, BK: tl.constexpr):
+    """Multiply pixels by rows of the weight, and add their bias."""
+    b_n = tl.zeros((b_z[0].shape[0], o_r.shape[0]), tl.float32)
+    for k in tl.static_range(len(b_z)):
+        o_k = k * BK + tl.arange(0, BK)
+        p_w = weight + (o_r * R)[:, None] + o_k[None, :]
+        b_w = tl.load(p_w, mask=inside[:, None] & (o_k < R)[None, :], other=0.0)
+        b_n = tl.dot(b_z[k], tl.trans(b_w), b_n, input_precision="ieee")
+    return b_n + tl.load(bias + o_r, mask=inside, other=0.0).to(tl.float32)[None, :]
