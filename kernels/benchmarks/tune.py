@@ -2,9 +2,10 @@
 
     python kernels/benchmarks/tune.py --device cuda --shapes 32x74x74x64 --output build/tune.json
 
-For every case, forward and backward, candidates around the table's choice: one constant changed at a time, and the
-splits of a line. A candidate whose result differs from that of the table's choice by more than rounding is wrong and
-ends the run. Every candidate compiles for some seconds: give a few shapes at a time.
+For every case forward, backward and the scans of a latent (`gated`, with the products before them): candidates around
+the table's choice, one constant changed at a time, and the splits of a line. A candidate whose result differs from that
+of the table's choice by more than rounding is wrong and ends the run. Every candidate compiles for some seconds: give a
+few shapes at a time.
 """
 
 import argparse
@@ -24,13 +25,16 @@ from timing import measure, own_stream
 from torch import Tensor
 from triton.errors import TritonError
 
+from gspn2_kernels import triton_gated
 from gspn2_kernels import triton_line_scan as kernels
 from gspn2_kernels.testing import assert_close
 from gspn2_kernels.tuning import LANES, Plan, plan
 
 Run = Callable[[Plan], tuple[Tensor, ...]]
 
-PASSES = ("infer", "train", "backward")
+PASSES = ("infer", "train", "backward", "gated")
+# Which part of the table a pass goes by.
+KERNELS = {"backward": "backward", "gated": "planes"}
 # A lane holds so many numbers of the state at most: beyond, it spills.
 REGISTERS = 96
 
@@ -64,10 +68,10 @@ def tune(case: Case, name: str, device: torch.device, seconds: float) -> dict[st
     """Time all candidates for one pass over one case, the table's choice first."""
     batch, height, width, channels = case.shape
     itemsize = DTYPES[case.dtype].itemsize
-    table = plan(batch, height, width, channels, 1, itemsize, "backward" if name == "backward" else "forward")
+    table = plan(batch, height, width, channels, 1, itemsize, KERNELS.get(name, "forward"))
     run = runner(case, name, device)
     expected, tried = run(table), []  # of the table's choice, which line_scan.py compares with the reference
-    for candidate in candidates(table, case, forward=name != "backward"):
+    for candidate in candidates(table, case, name):
         row: dict[str, Any] = {"plan": candidate._asdict()}
         try:
             for one, ref, out in zip(NAMES, expected, run(candidate), strict=False):
@@ -82,6 +86,8 @@ def tune(case: Case, name: str, device: torch.device, seconds: float) -> dict[st
 
 def runner(case: Case, name: str, device: torch.device) -> Run:
     """Make the function that runs a pass with a plan."""
+    if name == "gated":
+        return gated_runner(case, device)
     inputs, dy = draw(case, device), draw_dy(case, device)
     if name == "infer":
         return lambda chosen: (kernels.line_scan_fwd(*inputs, 0, chosen=chosen),)
@@ -91,18 +97,30 @@ def runner(case: Case, name: str, device: torch.device) -> Run:
     return lambda chosen: kernels.line_scan_bwd(dy, *inputs, 0, states, chosen=chosen)
 
 
-def candidates(table: Plan, case: Case, *, forward: bool) -> list[Plan]:
+def gated_runner(case: Case, device: torch.device) -> Run:
+    """The same for the scans of a latent, whose lam is about 1/2, as that of the other passes."""
+    batch, height, width, channels = case.shape
+    generator = torch.Generator().manual_seed(0)
+    latent = torch.randn(batch, height * width, channels, generator=generator) + 0.5
+    weight = torch.randn(8 * channels + 12, channels, generator=generator) / (4 * channels**0.5)
+    bias = torch.full(weight.shape[:1], 0.5)
+    drawn = [t.to(device, DTYPES[case.dtype]) for t in (latent, weight, bias)]
+    return lambda chosen: (triton_gated.gated_scan(*drawn, (height, width), 1, 0, chosen=chosen),)
+
+
+def candidates(table: Plan, case: Case, name: str) -> list[Plan]:
     """List the valid plans around a plan, itself first."""
     changes = [
         {},
         *({"NS": table.NS + more} for more in (-1, 1, 2)),
         *({"WC": warps, "WP": joined} for warps in (1, 2, 4) for joined in (1, 2, 4)),
-        *([{"AHEAD": not table.AHEAD}] if forward else []),
+        *([] if name == "backward" else [{"AHEAD": not table.AHEAD}]),
         *({"BC": vector} for vector in (table.BC // 2, table.BC * 2)),
         *splits(table, case.lines),
     ]
     plans = dict.fromkeys(table._replace(**change) for change in changes)
-    return [one for one in plans if one == table or valid(one, case)]
+    # Of planes every warp reads its own.
+    return [one for one in plans if one == table or valid(one, case) and (name != "gated" or one.WP == 1)]
 
 
 def splits(table: Plan, lines: int) -> Iterator[dict[str, int]]:

@@ -32,6 +32,20 @@ def main() -> None:
             {
                 "infer": describe(line_scan_fwd_kernel, forward, {**strides, "SAVE": False}),
                 "train": describe(line_scan_fwd_kernel, forward, {**strides, "SAVE": True}),
+                "planes": describe(
+                    line_scan_fwd_kernel,
+                    plan(*shape, "planes"),
+                    {
+                        **dict.fromkeys(strides, 0),
+                        "C": 64,
+                        "GC": 64,
+                        "SL": 16,
+                        "SU": 16,
+                        "SA": 4,
+                        "SAVE": False,
+                        "x": None,
+                    },
+                ),
                 "backward": describe(line_scan_bwd_kernel, backward, {**strides, "SY": 256, "SYD": 64}),
             }
         )

@@ -21,11 +21,12 @@ def loops() -> dict[str, dict[str, int]]:
     return json.loads(run.stdout)
 
 
-# Five positions of a lane, with x, lam, u and the logits of each on their way to shared memory; for the backward, dy
-# and the states as well. Eight channels go to either side; the backward also moves two weights and two sums, and adds
-# two numbers up over the two lanes of each position.
+# Five positions of a lane, with x, lam, u and the logits of each on their way to shared memory; in planes no x, for the
+# backward dy and the states as well. Eight channels go to either side; the backward also moves two weights and two
+# sums, and adds two numbers up over the two lanes of each position.
 @pytest.mark.parametrize(
-    ("kernel", "copies", "shuffles"), [("infer", 20, 16), ("train", 20, 16), ("backward", 30, 16 + 4 + 10)]
+    ("kernel", "copies", "shuffles"),
+    [("infer", 20, 16), ("train", 20, 16), ("planes", 15, 16), ("backward", 30, 16 + 4 + 10)],
 )
 def test_loop_copies_ahead_and_keeps_its_state_in_registers(loops, kernel: str, copies: int, shuffles: int) -> None:
     loop = loops[kernel]
