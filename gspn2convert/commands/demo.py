@@ -53,11 +53,13 @@ def _show(document: Document, console: Console) -> None:
 def command(output: Path, device: str) -> dict[str, Any]:
     """Run the whole way on the bundled data."""
     _check_onnx()
-    from gspn2convert.artifact import write_atomic
+    from gspn2convert.artifact import holds_files, write_atomic
     from gspn2convert.distill import Options, distill
     from gspn2convert.environment import environment, pick_device
     from gspn2convert.recipe import load_recipe
 
+    if holds_files(output):
+        raise UserError(f"the output folder {output} is not empty; name another by --output, or remove it")
     where, seconds, start = pick_device(device), {}, time.perf_counter()
     try:
         metrics = distill(_DEMO, load_recipe(_DEMO), _DEMO, Options(output=output, device=device, quiet=wants_json()))

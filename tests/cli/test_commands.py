@@ -65,7 +65,7 @@ def test_demo_goes_the_whole_way(monkeypatch, tmp_path):
     assert f"{100 * found['teacher']['top1']:.2f} %  {100 * found['student']['top1']:.2f} %" in result.stdout
     again = CliRunner().invoke(main, ["demo", "--output", str(tmp_path / "out")])
     assert again.exit_code == 2
-    assert "is not empty" in the_error(again)
+    assert "is not empty; name another by --output, or remove it" in the_error(again)
 
 
 def test_a_stopped_demo_says_how_to_start_again(monkeypatch, tmp_path):
