@@ -35,8 +35,7 @@ class PatchConv2d(nn.Conv2d):
             return super().forward(x)
         rows, columns = self.kernel_size
         # What is beyond the last whole patch is left out, as a convolution does.
-        x = x[..., : x.shape[2] // rows * rows, : x.shape[3] // columns * columns]
-        return embed_by_product(self, x)
+        return embed_by_product(self, x[..., : x.shape[2] // rows * rows, : x.shape[3] // columns * columns])
 
 
 def embed_and_norm_by_kernels(vit: VisionTransformer) -> None:
