@@ -74,7 +74,7 @@ def cubic_weights(new: int, old: int, device: torch.device) -> Tensor:
     """
     if isinstance(new, int) and isinstance(old, int) and not torch.compiler.is_exporting():
         # What PyTorch's own resampling makes of unit vectors: a few launches on a GPU, and not two dozen.
-        units = torch.eye(old, device=device)[None, None]
+        units = torch.eye(old, device=device, dtype=torch.float32)[None, None]
         return F.interpolate(units, (new, old), mode="bicubic", antialias=True)[0, 0]
     centres = torch.arange(new, device=device, dtype=torch.float32) + 0.5
     sources = torch.arange(old, device=device, dtype=torch.float32) + 0.5
@@ -132,10 +132,12 @@ def embed_by_product(convolution: nn.Conv2d, images: Tensor) -> Tensor:
     """
     assert cuts_patches(convolution), "patches overlap, leave something out, or are no patches"
     rows, columns = convolution.kernel_size
-    width = images.element_size() * columns
-    if by_triton(images) and images.is_contiguous() and width % 8 == 0 and not images.requires_grad:
+    numbers = 8 // images.element_size()
+    steps = (columns, images.storage_offset(), *images.stride()[:3])
+    aligned = images.stride(3) == 1 and all(step % numbers == 0 for step in steps)
+    if by_triton(images) and aligned and not torch.is_grad_enabled():
         # The copy takes 8 bytes at once, and a third of the time.
-        patches = _cut(images.view(torch.int64), rows, width // 8).view(images.dtype)
+        patches = _cut(images.view(torch.int64), rows, columns // numbers).contiguous().view(images.dtype)
     else:
         patches = _cut(images, rows, columns)
     return F.linear(patches, convolution.weight.flatten(1), convolution.bias).permute(0, 3, 1, 2)

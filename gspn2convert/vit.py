@@ -53,7 +53,7 @@ class FinalNorm(LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map tokens (B, N, C) to tokens (B, N, C)."""
-        if not x.is_cuda or x.ndim != 3 or torch.is_grad_enabled():
+        if not x.is_cuda or x.ndim != 3 or torch.is_grad_enabled() or torch.is_autocast_enabled("cuda"):
             return super().forward(x)
         return layer_norm(x, self.weight, self.bias, self.eps)
 

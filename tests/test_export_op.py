@@ -152,14 +152,40 @@ def test_patches_are_cut_by_eight_bytes(
     kernel: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where kernels run and the layout allows it; the same patches in any case."""
-    convolution = torch.nn.Conv2d(3, 5, kernel, stride=kernel).to(dtype)
-    images = (torch.randn(2, 3, 3 * kernel[0], 7 * kernel[1]) + 0.5).to(dtype)
-    expected = embed_by_product(convolution, images)
+    convolution = torch.nn.Conv2d(1, 5, kernel, stride=kernel).to(dtype)
+    size = (2, 1, 3 * kernel[0], 8 * kernel[1])
+    images = (torch.randn(size) + 0.5).to(dtype)
+    expected = embed_by_product(convolution, images).detach()
     monkeypatch.setattr(module, "by_triton", lambda _: True)
-    apart = nn.functional.pad(images, (1, 0))[..., 1:]
-    assert not apart.is_contiguous()
-    for layout in (images, apart, images.clone().requires_grad_()):
-        assert torch.equal(embed_by_product(convolution, layout), expected)
+    cut, taken = module._cut, []
+    monkeypatch.setattr(module, "_cut", lambda t, *patch: (taken.append(t.dtype), cut(t, *patch))[1])
+    wide = torch.int64 if kernel[1] * dtype.itemsize % 8 == 0 else dtype
+    flat = torch.cat([images.new_zeros(1), images.flatten()])
+    layouts = {
+        "contiguous": (images, wide),
+        "cropped": (nn.functional.pad(images, (8, 8))[..., 8:-8], wide),
+        "at an odd place": (flat[1:].view(size), dtype),
+        "one channel, last": (images.to(memory_format=torch.channels_last), dtype),
+        "columns apart": (images.repeat_interleave(2, -1)[..., ::2], dtype),
+    }
+    with torch.no_grad():
+        for name, (layout, by) in layouts.items():
+            assert_close(name, expected, embed_by_product(convolution, layout))
+            assert taken.pop() == by, name
+    assert_close("with gradients", expected, embed_by_product(convolution, images.requires_grad_()))
+    assert taken == [dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_position_embedding_whatever_the_default_dtype(dtype: torch.dtype) -> None:
+    embedding = torch.randn(1, 9, 4)
+    expected = resample_position(embedding, (4, 5), (3, 3), num_prefix_tokens=0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        assert torch.equal(resample_position(embedding, (4, 5), (3, 3), num_prefix_tokens=0), expected)
+    finally:
+        torch.set_default_dtype(before)
 
 
 @pytest.mark.gpu

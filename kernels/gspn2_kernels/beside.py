@@ -21,6 +21,8 @@ def beside(t: Tensor, first: Callable[[], Results], other: Callable[[], Other]) 
     One after the other where there are more images than FEW, where t is on no GPU, and where a program is compiled,
     traced or exported.
 
+    A CUDA graph that is recorded keeps the memory of all results for itself.
+
     Args:
         t: A tensor on the device where they run, one row an image.
         first: Returns tensors; what it reads must live until this function returns.
@@ -30,7 +32,8 @@ def beside(t: Tensor, first: Callable[[], Results], other: Callable[[], Other]) 
         What both return, ready for the current stream.
     """
     recorded = torch.compiler.is_compiling() or torch.compiler.is_exporting() or torch.jit.is_tracing()
-    if not t.is_cuda or recorded or t.shape[0] > FEW:
+    # Tensors of another class, such as fake ones, need not have memory.
+    if not t.is_cuda or type(t) is not Tensor or recorded or t.shape[0] > FEW:
         return first(), other()
     current = torch.cuda.current_stream(t.device)
     key = current.device_index, current.cuda_stream
@@ -38,10 +41,12 @@ def beside(t: Tensor, first: Callable[[], Results], other: Callable[[], Other]) 
         _second[key] = torch.cuda.Stream(t.device)
     second = _second[key]
     second.wait_stream(current)
-    with torch.cuda.stream(second):
-        results = first()
-    found = other()
-    current.wait_stream(second)
+    try:
+        with torch.cuda.stream(second):
+            results = first()
+        found = other()
+    finally:
+        current.wait_stream(second)
     for result in results:
         if result is not None:
             # Their memory is the second stream's, which must not use it again before this one is done with it.

@@ -20,6 +20,8 @@ from gspn2_kernels.project import project
 from gspn2_kernels.registration import define
 
 DIRECTIONS, NEIGHBOURS = 4, 3
+# Most channels of a latent that a program keeps beside what it multiplies them by, by bytes of a number.
+WIDEST = {2: 256, 4: 128}
 
 
 def gated_scan(
@@ -34,7 +36,8 @@ def gated_scan(
     """Compute `line_scan` of the patches of a latent, with lam, u and logits a linear layer of the source.
 
     The tensors share one dtype (fp64, fp32, fp16 or bf16) and one device; autocast casts them as those of a linear
-    layer. Kernels make lam, u and logits of the latent itself where no gradients are wanted; else it is differentiable.
+    layer. Where no gradients are wanted, kernels make lam, u and logits of the latent itself; lam times the latent is
+    rounded to the dtype then, and of fp16 must stay below 65504. Else it is differentiable, but for unwritten tokens.
 
     Args:
         latent: Tokens (B, N, R), the prefix tokens first, of which nothing is read.
@@ -53,7 +56,7 @@ def gated_scan(
         ValueError: A shape, dtype or device does not fit; the message names the argument and what was expected.
     """
     wanted = torch.is_grad_enabled() and any(t.requires_grad for t in (latent, weight, bias))
-    if source is latent and by_triton(latent) and not wanted:
+    if source is latent and by_triton(latent) and not wanted and latent.shape[2] <= WIDEST[latent.element_size()]:
         patches = latent[:, latent.shape[1] - grid[0] * grid[1] :]
         out: Tensor = torch.ops.gspn2.gated_scan(patches, weight, bias, *grid, groups, segment)
         return out
@@ -79,6 +82,8 @@ def _check(latent: Tensor, weight: Tensor, bias: Tensor, height: int, width: int
         raise ValueError("latent has dtype torch.float64, for which there is no kernel")
     batch, _, channels = latent.shape
     check_other("latent", "(B, H W, R)", latent, (batch, height * width, channels), latent)
+    if channels > WIDEST[latent.element_size()]:
+        raise ValueError(f"latent has {channels} channels, for which there is no kernel in {latent.dtype}")
     if groups < 1 or channels % groups:
         raise ValueError(f"groups is {groups}, expected a divisor of {channels}, the channels of the latent")
     if segment < 0:

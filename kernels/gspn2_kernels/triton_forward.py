@@ -34,7 +34,8 @@ def line_scan_fwd_kernel(
     """Scan lines `first` to `last` of one direction of one image: program (channels and segment, direction, image).
 
     x, lam, u and logits have batch strides s?b; S? are the strides of a pixel, S?D of a direction, SAG of a group of
-    GC channels. y is contiguous. With SAVE, the states times state_scale go to `states` (B, 4, T, M, C), line by
+    GC channels. Without x, lam is lam times x, and it, u and logits lie in planes (see `_planes`), whose strides follow
+    from the sizes. y is contiguous. With SAVE, the states times state_scale go to `states` (B, 4, T, M, C), line by
     line. Where GRID is above 1, `scratch` holds 2 max(H, W) C
     numbers, C rounded up, a direction and image.
     AHEAD reads a line one step before it is used: a warp that is alone then waits less, and holds more.

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gspn2_kernels.memory import cdiv
-from gspn2_kernels.triton_line_scan import check_offsets, scan_forward
+from gspn2_kernels.triton_line_scan import scan_forward
 from gspn2_kernels.triton_norm import MOST_PADDING
 from gspn2_kernels.tuning import Plan as ScanPlan
 from gspn2_kernels.tuning import plan
@@ -36,6 +36,8 @@ class Plan(NamedTuple):
     stages: int = 2
 
 
+# With more channels than NARROW, so that a tile of the latent fits into shared memory.
+WIDE, NARROW = Plan(8, 8, 32, 64, 4, 1), 128
 # Products of fp32 keep all they multiply in registers.
 FP32 = Plan(8, 4, 16, 16, 4, 2)
 # Programs that keep an H100 busy.
@@ -91,11 +93,13 @@ def predict(
         which each fourth logit is the third once more.
     """
     (height, width), (batch, _, channels) = grid, latent.shape
-    chosen = chosen or _plan(latent.dtype, grid, batch)
+    chosen = chosen or _plan(latent, grid)
     warps = cdiv(channels, scan.WC * scan.tile) * scan.WC
+    # 32 bits hold every offset inside an image.
+    if 4 * height * width * max(warps * scan.tile, 4 * groups) >= 2**31:
+        raise ValueError(f"a grid of {height} x {width} with a latent of {channels} channels is too large; split it")
     gates = latent.new_empty(2, batch, 4, warps, height * width, scan.tile)
     logits = latent.new_empty(batch, 4, groups, height * width, 4)
-    check_offsets(*gates, logits)
     step = min(chosen.step, _block(channels, 64))
     pixels = batch * cdiv(height, chosen.rows) * cdiv(width, chosen.columns)
     predict_kernel[(2 * pixels,)](
@@ -106,12 +110,14 @@ def predict(
     return gates[0], gates[1], logits
 
 
-def _plan(dtype: torch.dtype, grid: tuple[int, int], batch: int) -> Plan:
+def _plan(latent: Tensor, grid: tuple[int, int]) -> Plan:
     """Choose the constants of the products: smaller tiles where larger ones leave multiprocessors without one."""
-    if dtype == torch.float32:
+    if latent.dtype == torch.float32:
         return FP32
+    if latent.shape[2] > NARROW:
+        return WIDE
     large = Plan()
-    tiles = 2 * batch * cdiv(grid[0], large.rows) * cdiv(grid[1], large.columns)
+    tiles = 2 * latent.shape[0] * cdiv(grid[0], large.rows) * cdiv(grid[1], large.columns)
     return large if tiles >= ENOUGH else large._replace(rows=large.rows // 2)
 
 

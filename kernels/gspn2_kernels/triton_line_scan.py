@@ -61,7 +61,7 @@ def _forward(
     chosen = chosen or plan(batch, height, width, channels, logits.shape[4], x.element_size())
     x, lam, u, logits = by_pixel(x), by_pixel(lam), by_pixel(u), _padded(logits)
     constants = _strides(x, lam, logits, u)
-    check_offsets(x, lam, logits, u, y)
+    _check_offsets(x, lam, logits, u, y)
     # Triton launches on the current device, which need not be that of x.
     with torch.cuda.device_of(x):
         scan_forward((x, lam, logits, u), y, states, segment, chosen, constants)
@@ -131,7 +131,7 @@ def line_scan_bwd(
     dy, x, lam, u, logits = by_pixel(dy), by_pixel(x), by_pixel(lam), by_pixel(u), _padded(logits)
     constants = {**_strides(x, lam, logits, u), "SY": dy.stride(2), "SYD": dy.stride(3), **chosen._asdict()}
     del constants["AHEAD"]
-    check_offsets(x, lam, logits, u, dy)
+    _check_offsets(x, lam, logits, u, dy)
     tiles = cdiv(channels, chosen.tile)
     sums = torch.empty(tiles, batch, 4, height * width, 2, dtype=torch.float32, device=x.device)
     scratch = _scratch(x.shape, chosen, x.device)
@@ -178,7 +178,7 @@ def _launches(shape: Sequence[int], chosen: Plan) -> Iterator[tuple[int, int, in
         yield launch, first, first + lines
 
 
-def check_offsets(*tensors: Tensor) -> None:
+def _check_offsets(*tensors: Tensor) -> None:
     """Make sure that 32 bits hold every offset inside an image."""
     for t in tensors:
         if t.shape[1] * t.stride(1) + math.prod(t.shape[3:]) >= 2**31:

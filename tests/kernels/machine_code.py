@@ -1,4 +1,4 @@
-"""Compiles the line scan for an H100, without one, and prints what its inner loop consists of as JSON.
+"""Compiles the line scan for an H100, without one, and prints what its inner loop consists of, as JSON.
 
 A program of its own, run by test_triton_code.py: a process in which Triton interprets cannot compile.
 """
@@ -16,6 +16,8 @@ from triton.compiler import ASTSource
 
 from gspn2_kernels.triton_backward import line_scan_bwd_kernel
 from gspn2_kernels.triton_forward import line_scan_fwd_kernel
+from gspn2_kernels.triton_gated import FEWEST, NARROW, WIDE, predict_kernel
+from gspn2_kernels.triton_gated import Plan as PredictPlan
 from gspn2_kernels.tuning import Plan, plan
 
 BATCH_STRIDES = ("sxb", "slb", "sab", "sub", "syb")
@@ -30,6 +32,7 @@ def main() -> None:
     print(
         json.dumps(
             {
+                "shared": shared_bytes(),
                 "infer": describe(line_scan_fwd_kernel, forward, {**strides, "SAVE": False}),
                 "train": describe(line_scan_fwd_kernel, forward, {**strides, "SAVE": True}),
                 "planes": describe(
@@ -50,6 +53,21 @@ def main() -> None:
             }
         )
     )
+
+
+def shared_bytes() -> dict[int, int]:
+    """Compile the products of a latent for the widest latents of both plans, and tell the shared memory of each."""
+    found = {}
+    for channels, chosen in ((NARROW, PredictPlan()), (256, WIDE)):
+        tile = {"TH": chosen.rows, "TW": chosen.columns, "BN": chosen.numbers, "BK": chosen.step, "NS": chosen.stages}
+        constants = {"R": channels, "G": 1, "WARPS": channels // 16, "E": 16, "BL": FEWEST, **tile}
+        types = dict.fromkeys(predict_kernel.arg_names, "*bf16") | dict.fromkeys(("H", "W"), "i32")
+        types |= dict.fromkeys(constants, "constexpr")
+        aligned = {(i,): [["tt.divisibility", 16]] for i, t in enumerate(types.values()) if t == "*bf16"}
+        source = ASTSource(fn=predict_kernel, signature=types, constexprs=constants, attrs=aligned)
+        target = GPUTarget("cuda", 89, 32)
+        found[channels] = triton.compile(source, target=target, options={"num_warps": chosen.warps}).metadata.shared
+    return found
 
 
 def describe(kernel: triton.JITFunction, chosen: Plan, strides: dict[str, int]) -> dict[str, int]:

@@ -5,6 +5,7 @@ import importlib
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gspn2_kernels import beside
 from gspn2_kernels.beside import FEW
@@ -17,6 +18,15 @@ def test_both_results(images: int) -> None:
     assert torch.equal(doubled, 2 * x)
     assert nothing is None
     assert torch.equal(more, x + 2)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_fake_tensors(device: str) -> None:
+    """They are on a GPU where there is none."""
+    with FakeTensorMode():
+        x = torch.empty(1, 2, device=device)
+        (doubled,), more = beside(x, lambda: (2 * x,), lambda: x + 2)
+    assert doubled.shape == more.shape == x.shape
 
 
 def rounds(x: Tensor) -> Tensor:

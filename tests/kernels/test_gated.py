@@ -36,6 +36,7 @@ CASES = [
     pytest.param((1, 5, 9, 16), 1, 4, Plan(1, 3, 1, 4, 4, 1, 2), id="a line in three programs"),
     pytest.param((2, 4, 5, 4), 1, 2, Plan(1, 1, 1, 1, 4, 1, 3, AHEAD=True), id="a line read ahead"),
     pytest.param((2, 3, 5, 12), 3, 0, None, id="the table's plan"),
+    pytest.param((1, 2, 3, 128), 1, 0, None, id="the widest latent in fp32"),
 ]
 
 
@@ -80,10 +81,29 @@ def test_kernels_are_the_scan(shape, groups: int, segment: int, chosen: Plan | N
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-def test_16_bits_in_memory(dtype: torch.dtype) -> None:
-    shape = (1, 12, 5, 40)
+@pytest.mark.parametrize("channels", [40, 136, 256])
+def test_16_bits_in_memory(channels: int, dtype: torch.dtype) -> None:
+    shape = (1, 12 if channels < 128 else 2, 5, channels)
     drawn = draw(shape, dtype=dtype)
     check(drawn, shape, 1, 0, kernels.gated_scan(*drawn, shape[1:3], 1, 0, chosen=Plan(1, 1, 1, 2, 8, 1, 3)))
+
+
+@pytest.mark.parametrize(("channels", "dtype"), [(136, torch.float32), (260, torch.float16)], ids=str)
+def test_latents_too_wide_for_the_kernels(channels: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The function does without them, the op says so."""
+    monkeypatch.setattr(importlib.import_module("gspn2_kernels.gated"), "by_triton", lambda _: True)
+    shape = (1, 2, 3, channels)
+    latent, weight, bias = draw(shape, dtype=dtype)
+    check([latent, weight, bias], shape, 1, 0, gated_scan(latent, latent, weight, bias, (2, 3)), 2)
+    with pytest.raises(ValueError, match=f"latent has {channels} channels, for which there is no kernel in {dtype}"):
+        torch.ops.gspn2.gated_scan(latent, weight, bias, 2, 3, 1, 0)
+
+
+def test_grids_too_large_are_named() -> None:
+    latent, weight, bias = draw((1, 1, 1, 96), dtype=torch.bfloat16)
+    latent = latent.expand(1, 2400 * 2400, 96)
+    with pytest.raises(ValueError, match="a grid of 2400 x 2400 with a latent of 96 channels is too large; split it"):
+        kernels.predict(latent, weight, bias, (2400, 2400), 1, Plan(1, 1, 1, 2, 8, 1, 3))
 
 
 def test_planes_hold_what_a_scan_reads() -> None:

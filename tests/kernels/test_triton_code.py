@@ -21,6 +21,12 @@ def loops() -> dict[str, dict[str, int]]:
     return json.loads(run.stdout)
 
 
+def test_products_of_a_latent_fit_into_shared_memory(loops) -> None:
+    """Of the least there is: processors of compute capability 8.6 and 8.9 give a program 99 KiB."""
+    assert set(loops["shared"]) == {"128", "256"}
+    assert max(loops["shared"].values()) <= 99 * 1024
+
+
 # Five positions of a lane, with x, lam, u and the logits of each on their way to shared memory; in planes no x, for the
 # backward dy and the states as well. Eight channels go to either side; the backward also moves two weights and two
 # sums, and adds two numbers up over the two lanes of each position.
