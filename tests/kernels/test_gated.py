@@ -146,7 +146,7 @@ def test_layouts_of_the_inputs() -> None:
     [
         ((2, 14, 14, 96), 1, 0),
         ((2, 74, 74, 64), 1, 0),
-        ((3, 37, 50, 144), 4, 16),
+        ((3, 37, 50, 128), 4, 16),
         ((1, 128, 128, 96), 1, 0),
         ((16, 147, 90, 64), 1, 0),
         ((1, 300, 70, 48), 1, 0),
@@ -154,6 +154,16 @@ def test_layouts_of_the_inputs() -> None:
     ids=str,
 )
 def test_kernels_on_grids_of_real_models(shape, groups: int, segment: int, dtype: torch.dtype) -> None:
+    check_twice(shape, groups, segment, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_kernels_on_a_wide_latent(dtype: torch.dtype) -> None:
+    check_twice((3, 37, 50, 144), 4, 16, dtype)
+
+
+def check_twice(shape: tuple[int, ...], groups: int, segment: int, dtype: torch.dtype) -> None:
     drawn = draw(shape, groups, dtype)
     runs = [torch.ops.gspn2.gated_scan(*drawn, *shape[1:3], groups, segment) for _ in range(2)]
     check(drawn, shape, groups, segment, runs[0])
