@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from timm.layers import Attention
 from torch import Tensor
 
-from gspn2convert.mixer import DIRECTIONS, Gspn2Mixer
+from gspn2_kernels.gated import DIRECTIONS
+from gspn2convert.mixer import Gspn2Mixer
 from gspn2convert.moments import Moments, local_moments, ridge_solve, scan_features
 
 # The gate needs no protection from noise, only a solvable system.

@@ -20,11 +20,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from gspn2_kernels import Normed, beside, divide, gated_scan, local_perception, merge, norm_tokens, project
+from gspn2_kernels.gated import DIRECTIONS, NEIGHBOURS
 from gspn2_kernels.operands import autocast
 from gspn2convert.prefix import PrefixRead
 
-DIRECTIONS = 4
-NEIGHBOURS = 3
 # What a backward does not compute anew, within what it does.
 _KEEP_SCANS = partial(
     create_selective_checkpoint_contexts,
@@ -112,11 +111,11 @@ class Gspn2Mixer(nn.Module):
         """
         # Once, and not for each of the products that read the tokens, nor for the gradient of each.
         (x,) = autocast(x.device.type, x)
-        patches = self._patches(x, grid)
+        prefix = x.shape[1] - grid[0] * grid[1]
+        patches = x[:, prefix:].unflatten(1, grid)
         out = F.linear(self.scan(x, grid).flatten(-2), divide(self.proj.weight, self._lines(grid)))
         if self.lpu is not None:
             out = local_perception(patches, self.lpu.weight, out)
-        prefix = x.shape[1] - grid[0] * grid[1]
         row = self._row(patches.mean((1, 2)), x[:, :prefix])
         prefix_out, share, values = (None, None, None) if self.prefix is None else self.prefix(x, prefix)
         out = out.flatten(1, 2)
@@ -161,11 +160,6 @@ class Gspn2Mixer(nn.Module):
             return self.proj.bias.expand(mean.shape[0], -1)
         summary = mean if self.prefix is None else torch.cat([mean, first[:, 0]], -1)
         return F.linear(summary, self.shared.weight, self.proj.bias)
-
-    @staticmethod
-    def _patches(x: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Tokens (B, N, ...) without the prefix, on their grid (B, H, W, ...)."""
-        return x[:, x.shape[1] - grid[0] * grid[1] :].unflatten(1, grid)
 
     def scan(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """The four scans (B, H, W, 4, R) of tokens (B, N, C), each times its gate."""

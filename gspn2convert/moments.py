@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gspn2_kernels import line_scan
-from gspn2convert.mixer import DIRECTIONS
+from gspn2_kernels.gated import DIRECTIONS
 
 
 def scan_features(a: Tensor, segment: int) -> Tensor:

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from gspn2_kernels.line_scan import line_scan
+from gspn2_kernels.line_scan import FLOPS_PER_ELEMENT, check_segment, line_scan
 from gspn2_kernels.norm import Normed
-from gspn2_kernels.operands import by_triton, check_first, check_other, register_autocast
+from gspn2_kernels.operands import by_triton, check_first, check_kernel, check_other, register_autocast
 from gspn2_kernels.project import project
 from gspn2_kernels.registration import define
 
@@ -78,16 +78,14 @@ def gated_scan(
 def _check(latent: Tensor, weight: Tensor, bias: Tensor, height: int, width: int, groups: int, segment: int) -> None:
     """Raise a ValueError that names the first argument that does not fit the latent."""
     check_first("latent", "(B, H W, R)", latent)
-    if latent.dtype == torch.float64:
-        raise ValueError("latent has dtype torch.float64, for which there is no kernel")
+    check_kernel("latent", latent)
     batch, _, channels = latent.shape
     check_other("latent", "(B, H W, R)", latent, (batch, height * width, channels), latent)
     if channels > WIDEST[latent.element_size()]:
         raise ValueError(f"latent has {channels} channels, for which there is no kernel in {latent.dtype}")
     if groups < 1 or channels % groups:
         raise ValueError(f"groups is {groups}, expected a divisor of {channels}, the channels of the latent")
-    if segment < 0:
-        raise ValueError(f"segment is {segment}, expected 0 (no restart) or a number of lines")
+    check_segment(segment)
     rows = DIRECTIONS * (2 * channels + NEIGHBOURS * groups)
     check_other("weight", "(8 R + 12 G, R)", weight, (rows, channels), latent)
     check_other("bias", "(8 R + 12 G,)", bias, (rows,), latent)
@@ -120,6 +118,6 @@ register_autocast("gated_scan", torch.ops.gspn2.gated_scan)
 
 @register_flop_formula(torch.ops.gspn2.gated_scan)
 def _flops(latent: torch.Size, weight: torch.Size, *_: Any, **__: object) -> int:
-    """Count 2 FLOPs for a multiply-add: those of the product, and five for a number of the result."""
+    """Count 2 FLOPs for a multiply-add of the product, and what a scan takes."""
     batch, patches, channels = latent
-    return int(2 * batch * patches * (weight[0] * channels + 5 * DIRECTIONS * channels))
+    return int(batch * patches * channels * (2 * weight[0] + FLOPS_PER_ELEMENT * DIRECTIONS))

@@ -58,7 +58,7 @@ _EAGER = _Backend("eager", line_scan_fwd, line_scan_bwd)
 _BACKENDS: dict[str, _Backend] = {}
 _ARGUMENTS = "Tensor x, Tensor lam, Tensor logits, Tensor u, int segment"
 # Multiply-adds per element of y: three neighbours, lam * x and u * h; 2 FLOPs each, as for a matrix product.
-_FLOPS_PER_ELEMENT = 2 * 5
+FLOPS_PER_ELEMENT = 2 * 5
 
 
 def line_scan(x: Tensor, lam: Tensor, logits: Tensor, u: Tensor, segment: int = 0) -> Tensor:
@@ -139,6 +139,11 @@ def _check(x: Tensor, lam: Tensor, logits: Tensor, u: Tensor, segment: int) -> N
             raise ValueError(f"{name} has dtype {tensor.dtype}, expected {x.dtype}, the dtype of x")
         if tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device}, expected {x.device}, the device of x")
+    check_segment(segment)
+
+
+def check_segment(segment: int) -> None:
+    """Raise a ValueError where scans cannot restart after so many lines."""
     if segment < 0:
         raise ValueError(f"segment is {segment}, expected 0 (no restart) or a number of lines")
 
@@ -235,4 +240,4 @@ register_autocast("line_scan", line_scan)
 
 @register_flop_formula([torch.ops.gspn2.line_scan, torch.ops.gspn2.line_scan_train])
 def _line_scan_flops(x: torch.Size, lam: torch.Size, *_: object, **__: object) -> int:
-    return _FLOPS_PER_ELEMENT * math.prod(lam)
+    return FLOPS_PER_ELEMENT * math.prod(lam)

@@ -7,6 +7,8 @@ from torch import Tensor
 
 # Bytes that a lane reads at once.
 VECTOR = 16
+# Of an H100: as many programs at least keep it busy.
+MULTIPROCESSORS = 132
 
 
 def by_pixel(t: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gspn2_kernels.operands import by_triton, check_first, check_other, no_autocast
+from gspn2_kernels.operands import by_triton, check_first, check_kernel, check_other, no_autocast
 from gspn2_kernels.registration import define
 
 # Where ops that norm tokens as they read them take the stream and what norms it, which autocast leaves as they are.
@@ -57,8 +57,7 @@ def check_normed(stream: Tensor, statistics: Tensor, weight: Tensor | None, bias
     """Raise a ValueError that names the first argument that does not fit the stream (B, N, C)."""
     check_first("stream", "(B, N, C)", stream)
     batch, tokens, channels = stream.shape
-    if stream.dtype == torch.float64:
-        raise ValueError("stream has dtype torch.float64, for which there is no kernel")
+    check_kernel("stream", stream)
     if statistics.dtype != torch.float32:
         raise ValueError(f"statistics has dtype {statistics.dtype}, expected torch.float32")
     check_other("statistics", "(B, N, 2)", statistics, (batch, tokens, 2), stream, torch.float32)

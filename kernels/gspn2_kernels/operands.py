@@ -28,6 +28,12 @@ def check_first(name: str, form: str, t: Tensor) -> None:
         raise ValueError(f"{name} has dtype {t.dtype}, expected one of {', '.join(map(str, DTYPES))}")
 
 
+def check_kernel(name: str, t: Tensor) -> None:
+    """Raise a ValueError for a dtype that plain torch alone computes in."""
+    if t.dtype == torch.float64:
+        raise ValueError(f"{name} has dtype {t.dtype}, for which there is no kernel")
+
+
 def check_other(
     name: str, form: str, t: Tensor | None, shape: tuple[int, ...], first: Tensor, *other_dtypes: torch.dtype
 ) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from gspn2_kernels.norm import STREAM, Normed, check_normed
-from gspn2_kernels.operands import check_first, check_other, register_autocast
+from gspn2_kernels.operands import check_first, check_kernel, check_other, register_autocast
 from gspn2_kernels.registration import define
 
 _SCHEMA = (
@@ -82,8 +82,7 @@ def _check(
     """Raise a ValueError that names the first argument that does not fit the stream, projected and heads."""
     check_normed(stream, statistics, norm_weight, norm_bias)
     check_first("projected", "(B, P, 3 h d)", projected)
-    if projected.dtype == torch.float64:
-        raise ValueError("projected has dtype torch.float64, for which there is no kernel")
+    check_kernel("projected", projected)
     batch, tokens, channels = stream.shape
     prefix, width = projected.shape[1:]
     if heads < 1 or width % (3 * heads):

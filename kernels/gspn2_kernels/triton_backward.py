@@ -17,6 +17,7 @@ from gspn2_kernels.triton_tiles import (
     complements,
     direction,
     get,
+    handed_on,
     neighbour_lanes,
     per_lane,
     per_row,
@@ -62,11 +63,10 @@ def line_scan_bwd_kernel(
     p_dx, p_dl, p_du = dx + o_out, dlam + o_out, du + o_out
     o_share = (r_c // (CL * BC)).to(tl.int64) * tl.num_programs(2) * 4 + i_b * 4 + i_d
     p_lr = sums + (o_share * (H * W * 2) + r_q * 2)[:, None] + tl.arange(0, 2)[None, :]
-    block = (i_b * 4 + i_d) * (tl.num_programs(0) // GRID) + tl.program_id(0) // GRID
     low = tl.program_id(0) % GRID * own
     _scan(
         first, tl.minimum(last, T), launch, T, segment, state_scale, step, across, M, origin, p_x, p_l, p_u, p_y, p_s,
-        p_a, p_dx, p_dl, p_du, p_lr, scratch + block * (2 * tl.maximum(H, W) * WC * CL * BC), o_q, r_q, low,
+        p_a, p_dx, p_dl, p_du, p_lr, handed_on(scratch, i_b * 4 + i_d, H, W, WC, GRID, CL, BC), o_q, r_q, low,
         tl.minimum(low + own, M), C, SX, SL, SU, SY, SA, WC, GRID, WP, CL, BC, P, NS,
     )  # fmt: skip
 

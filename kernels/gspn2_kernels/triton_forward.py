@@ -10,6 +10,7 @@ from gspn2_kernels.triton_tiles import (
     SIZES,
     direction,
     get,
+    handed_on,
     neighbour_lanes,
     per_lane,
     place,
@@ -61,7 +62,7 @@ def line_scan_fwd_kernel(
         p_a = logits + i_b * sab + i_d * SAD + (r_pixel * SA + r_c // GC * SAG)[:, None] + tl.arange(0, 4)[None, :]
     p_y = y + i_b * (H * W * 4 * C) + i_d * C + (r_pixel * (4 * C))[:, None] + r_v
     p_s = states + (i_b * 4 + i_d) * (H * W * C) + (r_q * C)[:, None] + r_v
-    p_h = scratch + _block(i_b * 4 + i_d, GRID) * (2 * tl.maximum(H, W) * WC * CL * BC)
+    p_h = handed_on(scratch, i_b * 4 + i_d, H, W, WC, GRID, CL, BC)
     b_h = zeros(WC, BC, P)
     if GRID > 1:
         if launch > 0:
@@ -72,12 +73,6 @@ def line_scan_fwd_kernel(
     )  # fmt: skip
     if GRID > 1:
         put(b_h, p_h, (launch + 1) % 2, M, origin, low, tl.minimum(low + own, M), WC, CL, BC, P)
-
-
-@triton.jit
-def _block(i, GRID: tl.constexpr):
-    """Number the block of channels of direction i, counted through the images, through all of them."""
-    return i * (tl.num_programs(0) // GRID) + tl.program_id(0) // GRID
 
 
 @triton.jit

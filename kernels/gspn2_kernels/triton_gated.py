@@ -40,8 +40,8 @@ class Plan(NamedTuple):
 WIDE, NARROW = Plan(8, 8, 32, 64, 4, 1), 128
 # Products of fp32 keep all they multiply in registers.
 FP32 = Plan(8, 4, 16, 16, 4, 2)
-# Programs that keep an H100 busy.
-ENOUGH = 192
+# Programs of the large tile from which it is the quicker one: with 256 it was, with 64 it was not (H200).
+MANY = 192
 # The fewest columns of a product.
 FEWEST = 16
 
@@ -118,7 +118,7 @@ def _plan(latent: Tensor, grid: tuple[int, int]) -> Plan:
         return WIDE
     large = Plan()
     tiles = 2 * latent.shape[0] * cdiv(grid[0], large.rows) * cdiv(grid[1], large.columns)
-    return large if tiles >= ENOUGH else large._replace(rows=large.rows // 2)
+    return large if tiles >= MANY else large._replace(rows=large.rows // 2)
 
 
 def _block(channels: int, most: int) -> int:

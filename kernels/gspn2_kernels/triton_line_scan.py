@@ -88,8 +88,9 @@ def scan_forward(
     """
     batch, height, width, _, channels = y.shape
     shape = (batch, height, width, channels)
-    # Planes are contiguous.
-    by_image = [0 if inputs[0] is None or t is None else t.stride(0) for t in inputs]
+    x, *others = inputs
+    # Those of planes follow from the sizes.
+    by_image = [0] * len(inputs) if x is None else [t.stride(0) for t in (x, *others)]
     scratch = _scratch(shape, chosen, y.device)
     for launch, first, last in _launches(shape, chosen):
         line_scan_fwd_kernel[_grid(shape, chosen)](

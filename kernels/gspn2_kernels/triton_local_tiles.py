@@ -10,10 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gspn2_kernels.memory import batch_unit, cdiv
+from gspn2_kernels.memory import MULTIPROCESSORS, batch_unit, cdiv
 
-# Programs that run at the same time on an H100: three on each of 132 multiprocessors.
-PROGRAMS = 396
+# Programs that run at the same time: three on each multiprocessor.
+PROGRAMS = 3 * MULTIPROCESSORS
 # Rows of a program: fewer cost more for the rows above and below, more leave multiprocessors idle at the end.
 FEWEST_ROWS, MOST_ROWS = 2, 32
 SIZES = ("H", "W", "rows", "strips", "pieces", "sab", "ssb", "sbb", "sob", "sgb")

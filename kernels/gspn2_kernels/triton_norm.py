@@ -21,14 +21,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gspn2_kernels.memory import VECTOR, batch_unit, by_token, cdiv, power_of_2
+from gspn2_kernels.memory import MULTIPROCESSORS, VECTOR, batch_unit, by_token, cdiv, power_of_2
 
 # How many channels, to those there are, chunks may hold before narrower ones cost less.
 MOST_PADDING = 1.125
 # Rows that are added up at once, and channels of them: many images, and few.
 SUMMED, SUMMED_OF_FEW = (32, 64), (128, 16)
-# Programs that keep an H100 busy.
-ENOUGH = 132
 _RUNTIME = ("B", "N", "P", "rows", "sxb")
 
 
@@ -75,7 +73,7 @@ def statistics(
         return found, first, x.new_zeros(batch, channels)
     mean = x.new_empty(batch, channels)
     shares = _run(x, weight, bias, eps, prefix, chosen or Plan(), found=found, first=first)
-    rows, block = SUMMED if batch * cdiv(channels, SUMMED[1]) >= ENOUGH else SUMMED_OF_FEW
+    rows, block = SUMMED if batch * cdiv(channels, SUMMED[1]) >= MULTIPROCESSORS else SUMMED_OF_FEW
     sum_kernel[(batch * cdiv(channels, block),)](
         shares, mean, batch, len(shares), C=channels, BT=rows, BC=block, num_warps=4
     )

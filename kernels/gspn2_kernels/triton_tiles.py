@@ -162,6 +162,15 @@ def _carried(
 
 
 @triton.jit
+def handed_on(
+    scratch, i, H, W, WC: tl.constexpr, GRID: tl.constexpr, CL: tl.constexpr, BC: tl.constexpr
+):  # fmt: skip
+    """Point to what the launches of a block of channels hand on, in direction i, counted through the images."""
+    block = i * (tl.num_programs(0) // GRID) + tl.program_id(0) // GRID
+    return scratch + block * (2 * tl.maximum(H, W) * WC * CL * BC)
+
+
+@triton.jit
 def put(
     b_h, scratch, buffer, M, origin, low, high, WC: tl.constexpr, CL: tl.constexpr, BC: tl.constexpr, P: tl.constexpr
 ):  # fmt: skip
