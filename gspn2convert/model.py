@@ -1,124 +1,27 @@
 """The GSPN-2 Vision Transformer: a timm VisionTransformer with mixers where attention was.
 
-timm hands a block one argument, the tokens, and a mixer needs the grid they lie on as well. So the model notes
-the grid for the time of a forward pass in a cell that its blocks share, and each block passes it on from there.
-No method of timm is copied.
+For the time of a forward pass the model notes the grid in a cell that its blocks share. No method of timm is copied.
 
 Shapes: B batch, N = P + H W tokens, P prefix tokens, C channels, H W grid of patches.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from typing import Any
 
 import timm
 import torch
-from timm.layers import Attention
 from timm.models import model_entrypoint, register_model, resolve_pretrained_cfg
 from timm.models._features import FeatureGetterNet
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from gspn2_kernels import layer_norm
+from gspn2convert.block import Grid, GspnBlock, KeptBlock
 from gspn2convert.embedding import by_products, embed_and_norm_by_kernels
 from gspn2convert.errors import UserError
-from gspn2convert.mixer import Gspn2Mixer
 from gspn2convert.vit import GSPN2_VIT, base_arguments, check_vit, current_arguments, num_prefix, probe, public_cfg
-
-
-class Grid(threading.local):
-    """H, W of the forward pass that runs in this thread, or None; one for all blocks of a model.
-
-    Kept by thread, for two threads may push images of different sizes through one model.
-    """
-
-    hw: tuple[int, int] | None = None
-
-    def __reduce__(self) -> tuple[type[Grid], tuple[()]]:
-        # A copy of a model is at rest; copy and pickle keep the copy shared among the copied blocks.
-        return Grid, ()
-
-
-class KeptBlock(Block):
-    """A block that keeps its attention, and recomputes itself in backward when told to."""
-
-    grad_checkpointing = False
-
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """Map tokens (B, N, C) to tokens (B, N, C)."""
-        if _recomputes(self):
-            return checkpoint(super().forward, x, attn_mask, is_causal, use_reentrant=False)
-        return super().forward(x, attn_mask, is_causal)
-
-
-class GspnBlock(Block):
-    """A block whose attention is a `Gspn2Mixer`.
-
-    Args:
-        mixer: keyword arguments of `Gspn2Mixer`.
-        arguments: of timm's Block, which builds the attention that the mixer takes over.
-    """
-
-    grad_checkpointing = False
-    grid: Grid | None = None
-
-    def __init__(self, *, mixer: dict[str, Any], **arguments: Any) -> None:
-        super().__init__(**arguments)
-        assert isinstance(self.attn, Attention)
-        self.attn: nn.Module = Gspn2Mixer(self.attn, **mixer)
-
-    def init_weights(self) -> None:
-        """Undo what timm's initialisation, which calls this last, has done to the mixer's linear layers."""
-        assert isinstance(self.attn, Gspn2Mixer)
-        self.attn.reset_parameters()
-
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """Map tokens (B, N, C) to tokens (B, N, C).
-
-        Raises:
-            UserError: a mask is given, or the block runs outside of its model.
-        """
-        if attn_mask is not None or is_causal:
-            raise UserError("a line scan takes no attn_mask and no is_causal; leave them out")
-        grid = None if self.grid is None else self.grid.hw
-        if grid is None:
-            raise UserError("a GspnBlock was called by itself and knows no grid; call its Gspn2Vit instead")
-        if _recomputes(self):
-            # The grid goes along, for backward may run after another forward pass, or in another thread.
-            return checkpoint(self._mix, x, grid, use_reentrant=False)
-        return self._mix(x, grid)
-
-    def _mix(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        assert isinstance(self.attn, Gspn2Mixer)
-        if self._fuses():
-            assert isinstance(self.norm1, nn.LayerNorm)
-            assert isinstance(self.norm2, nn.LayerNorm)
-            x = self.attn.add_to(x, self.norm1, grid, getattr(self.ls1, "gamma", None))
-            a = layer_norm(x, self.norm2.weight, self.norm2.bias, self.norm2.eps)
-        else:
-            x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), grid)))
-            a = self.norm2(x)
-        out: Tensor = x + self.drop_path2(self.ls2(self.mlp(a)))
-        return out
-
-    def _fuses(self) -> bool:
-        """Whether norms, mixer and residual may be ours: nothing is trained, and nobody listens to what is between.
-
-        A mixer whose weights are spread over processes (FSDP) is listened to: its hooks gather them.
-        """
-        norms = self.norm1, self.norm2
-        parts = (*norms, self.ls1, self.drop_path1, *self.attn.modules())
-        listened = any(part._forward_hooks or part._forward_pre_hooks for part in parts)
-        plain = all(isinstance(norm, nn.LayerNorm) for norm in norms)
-        return plain and not (torch.is_grad_enabled() or self.training or listened)
-
-
-def _recomputes(block: KeptBlock | GspnBlock) -> bool:
-    return block.grad_checkpointing and torch.is_grad_enabled() and not torch.compiler.is_exporting()
 
 
 class Gspn2Vit(VisionTransformer):

@@ -29,13 +29,14 @@ LAYERS = (
     {"moments", "probes"},
     {"__init__", "artifact", "teachers"},
     {"model", "session", "image_files", "fsdp"},
+    {"block"},
     {"mixer"},
     {"vit", "data", "recipe", "mixing", "hub", "stream"},
     {"recipe_parser"},
     {"errors"},
 )
 # The files that may know timm's insides; the others may only name its types.
-KNOWS_TIMM = {"vit.py", "model.py", "teachers.py", "artifact.py"}
+KNOWS_TIMM = {"vit.py", "block.py", "model.py", "teachers.py", "artifact.py"}
 TIMM_TYPE = re.compile(r"timm\.(models(\.vision_transformer)?\.VisionTransformer|layers\.Attention)")
 
 every_source = pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())

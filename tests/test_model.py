@@ -9,10 +9,11 @@ from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import Attention
 from torch import nn
 
+from gspn2convert.block import GspnBlock, KeptBlock
 from gspn2convert.embedding import resample_position
 from gspn2convert.errors import UserError
 from gspn2convert.mixer import Gspn2Mixer
-from gspn2convert.model import Gspn2Vit, GspnBlock, KeptBlock, build_student
+from gspn2convert.model import Gspn2Vit, build_student
 from gspn2convert.vit import embed
 
 TINY = {"depth": 2, "embed_dim": 32, "num_heads": 2, "img_size": 32, "patch_size": 8, "num_classes": 5}

@@ -6,9 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from gspn2convert.block import GspnBlock
 from gspn2convert.cost import cost, training_bytes
 from gspn2convert.errors import UserError
-from gspn2convert.model import GspnBlock, build_student
+from gspn2convert.model import build_student
 from gspn2convert.optim import Ema
 from gspn2convert.plan import _copies, plan
 from gspn2convert.recipe import load_recipe

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gspn2_kernels.testing import assert_close, relative_rms
+from gspn2convert.block import GspnBlock, KeptBlock
 from gspn2convert.mixer import Gspn2Mixer
-from gspn2convert.model import GspnBlock, KeptBlock
 
 SUBLAYERS = ("mixer", "mixer without LPU and global branch", "attention", "attention, cuDNN")
 # bf16 within a sub-layer: some roundings of 2e-3 each.

@@ -5,7 +5,7 @@ from gspn2_kernels.gated import gated_scan
 from gspn2_kernels.line_scan import backend, line_scan, register_backend
 from gspn2_kernels.local import local_perception
 from gspn2_kernels.merge import divide, merge
-from gspn2_kernels.norm import Normed, layer_norm, norm_tokens
+from gspn2_kernels.norm import Normed, layer_norm, norm_and_sum, norm_tokens
 from gspn2_kernels.prefix import read_prefix
 from gspn2_kernels.project import project
 from gspn2_kernels.reference import line_scan_ref
@@ -21,6 +21,7 @@ __all__ = [
     "line_scan_ref",
     "local_perception",
     "merge",
+    "norm_and_sum",
     "norm_tokens",
     "project",
     "read_prefix",

@@ -86,6 +86,21 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     return _plain(x, weight, bias, eps)
 
 
+def norm_and_sum(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, addend: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Compute `layer_norm`, and x + addend with an addend (C,), or None for 0, in one pass.
+
+    Returns:
+        Two tensors (B, N, C), contiguous and in the dtype of x.
+    """
+    if by_triton(x):
+        normed, total = torch.ops.gspn2.norm_and_sum(x, weight, bias, eps, addend)
+        return normed, total
+    _check(x, weight, bias, 0, addend)
+    return _plain(x, weight, bias, eps), torch.add(x, 0 if addend is None else addend).contiguous()
+
+
 def _plain(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     with no_autocast(x.device.type):
         return F.layer_norm(x, x.shape[2:], weight, bias, eps).contiguous()
@@ -132,12 +147,13 @@ def _mean(patches: Tensor) -> Tensor:
         return (patches.sum(1, dtype=wide) / count).to(patches.dtype)
 
 
-def _check(x: Tensor, weight: Tensor | None, bias: Tensor | None, prefix: int) -> None:
+def _check(x: Tensor, weight: Tensor | None, bias: Tensor | None, prefix: int, addend: Tensor | None = None) -> None:
     """Raise a ValueError that names the first argument that does not fit x."""
     check_first("x", "(B, N, C)", x)
     _, tokens, channels = x.shape
     check_other("weight", "(C,)", weight, (channels,), x)
     check_other("bias", "(C,)", bias, (channels,), x)
+    check_other("addend", "(C,)", addend, (channels,), x)
     check_prefix(prefix, tokens)
 
 
@@ -154,6 +170,27 @@ def _layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: floa
 def _layer_norm_fake(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     _check(x, weight, bias, 0)
     return x.new_empty(x.shape)
+
+
+@define(
+    "norm_and_sum(Tensor x, Tensor? weight, Tensor? bias, float eps, Tensor? addend) -> (Tensor normed, Tensor total)"
+)
+def _norm_and_sum(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, addend: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    from gspn2_kernels import triton_norm
+
+    _check(x, weight, bias, 0, addend)
+    with torch.cuda.device_of(x):
+        return triton_norm.norm_and_sum(x, weight, bias, eps, addend)
+
+
+@torch.library.register_fake("gspn2::norm_and_sum")
+def _norm_and_sum_fake(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, addend: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    _check(x, weight, bias, 0, addend)
+    return x.new_empty(x.shape), x.new_empty(x.shape)
 
 
 @define(

@@ -57,6 +57,22 @@ def norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *, c
     return a
 
 
+def norm_and_sum(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    addend: Tensor | None,
+    *,
+    chosen: Plan | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Compute layer_norm(x) and x + addend (C,), arguments and results as above."""
+    a, total = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
+    if a.numel():
+        _run(x, weight, bias, eps, 0, chosen or Plan(), a=a, addend=addend, total=total)
+    return a, total
+
+
 def statistics(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, prefix: int, *, chosen: Plan | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -89,21 +105,23 @@ def _run(
     chosen: Plan,
     *,
     a: Tensor | None = None,
+    addend: Tensor | None = None,
+    total: Tensor | None = None,
     found: Tensor | None = None,
     first: Tensor | None = None,
 ) -> Tensor:
-    """Write a; or what else is there, and return the programs' shares (programs, B, C) of the mean."""
+    """Write a, and the total; or what else is there, and return the programs' shares (programs, B, C) of the mean."""
     batch, tokens, channels = x.shape
     x = by_token(x)
-    weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
+    weight, bias, addend = (None if t is None else t.contiguous() for t in (weight, bias, addend))
     pieces = min(cdiv(chosen.programs, batch), cdiv(tokens, chosen.warps))
     rows = cdiv(tokens, pieces * chosen.warps) * chosen.warps
     programs, unit = cdiv(tokens, rows), batch_unit(x)
     shares = torch.empty(programs if a is None else 0, batch, channels, dtype=torch.float32, device=x.device)
     norm_kernel[(programs * batch,)](
-        x, weight, bias, a, found, first, shares, eps, batch, tokens, prefix, rows, x.stride(0) // unit, C=channels,
-        SX=x.stride(1), UX=unit, BM=chosen.warps, BK=_chunk(channels, x.element_size()), NS=chosen.stages,
-        num_warps=chosen.warps,
+        x, weight, bias, a, addend, total, found, first, shares, eps, batch, tokens, prefix, rows,
+        x.stride(0) // unit, C=channels, SX=x.stride(1), UX=unit, BM=chosen.warps,
+        BK=_chunk(channels, x.element_size()), NS=chosen.stages, num_warps=chosen.warps,
     )  # fmt: skip
     return shares
 
@@ -118,27 +136,34 @@ def _chunk(channels: int, itemsize: int) -> int:
 
 @triton.jit(do_not_specialize=_RUNTIME)
 def norm_kernel(
-    x, weight, bias, a, found, first, shares, eps, B, N, P, rows, sxb, C: tl.constexpr, SX: tl.constexpr,
-    UX: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, NS: tl.constexpr,
+    x, weight, bias, a, addend, total, found, first, shares, eps, B, N, P, rows, sxb, C: tl.constexpr,
+    SX: tl.constexpr, UX: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, NS: tl.constexpr,
 ):  # fmt: skip
-    """Normalise `rows` tokens of an image and write them to a; or, without it, what norms them and their sums."""
+    """Normalise `rows` tokens of an image and write them to a, and to the total what they are with the addend.
+
+    Without an a, write what norms them and their sums.
+    """
     i = tl.program_id(0)
     # Images may lie further apart than 32 bits can tell, and so may tokens of one.
     i_b, start = (i % B).to(tl.int64), i // B * rows
     end, o_m = tl.minimum(start + rows, N), tl.arange(0, BM)
     b_w, b_b, b_s = _channels(weight, C, BM, BK), _channels(bias, C, BM, BK), _zeros(C, BM, BK)
+    b_c, b_1 = _channels(addend, C, BM, BK), _channels(None, C, BM, BK)
     for m in tl.range(start, end, BM, num_stages=NS):
         o_row = m + o_m
         b_x = _read(x + i_b * sxb * UX, o_row.to(tl.int64) * SX, o_row < N, C, BK)
         mean, scale = _statistics(b_x, eps, C, BK)
         if a is not None:
             _store(a, b_x, mean, scale, b_w, b_b, i_b * N + o_row, o_row < N, C, BK)
+            if total is not None:
+                none = tl.zeros_like(mean)
+                _store(total, b_x, none, none + 1, b_1, b_c, i_b * N + o_row, o_row < N, C, BK)
         else:
             tl.store(found + 2 * (i_b * N + o_row), scale, mask=o_row < N)
             tl.store(found + 2 * (i_b * N + o_row) + 1, mean * scale, mask=o_row < N)
             if m < P:
-                b_1, b_0 = _channels(weight, C, BM, BK), _channels(bias, C, BM, BK)
-                _store(first, b_x, mean, scale, b_1, b_0, i_b * P + o_row, o_row < P, C, BK)
+                b_fw, b_fb = _channels(weight, C, BM, BK), _channels(bias, C, BM, BK)
+                _store(first, b_x, mean, scale, b_fw, b_fb, i_b * P + o_row, o_row < P, C, BK)
             b_s = _add(b_s, b_x, mean, scale, (o_row >= P) & (o_row < N))
     if a is None:
         patches = tl.maximum(end - tl.maximum(start, P), 0).to(tl.float32)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gspn2_kernels import Normed
-from gspn2_kernels.norm import layer_norm, norm_tokens
+from gspn2_kernels.norm import layer_norm, norm_and_sum, norm_tokens
 from gspn2_kernels.testing import TOLERANCES, assert_close
 from helpers.layouts import OF_TOKENS
 
@@ -101,6 +101,37 @@ def test_kernel_is_the_norm(shape, dtype: torch.dtype) -> None:
     assert_close("kernel", expected, actual)
     assert torch.equal(torch.ops.gspn2.layer_norm(*inputs), actual)
     assert_close("function", expected, layer_norm(*inputs))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [*(case.values[0] for case in CASES), (0, 5, 24), (2, 0, 24)], ids=str)
+def test_kernel_adds_to_what_it_norms(shape, dtype: torch.dtype) -> None:
+    inputs = draw(shape, dtype)
+    addend = inputs[2].flip(0) * 3
+    normed, total = kernels.norm_and_sum(*inputs, addend)
+    assert torch.equal(normed, kernels.norm(*inputs))
+    assert_close("total", inputs[0].double() + addend.double(), total)
+    for function in (torch.ops.gspn2.norm_and_sum, norm_and_sum):
+        others = function(*inputs, addend)
+        assert_close("normed", reference(*inputs), others[0])
+        assert_close("total", inputs[0].double() + addend.double(), others[1])
+
+
+@pytest.mark.parametrize("function", [norm_and_sum, torch.ops.gspn2.norm_and_sum], ids=["function", "op"])
+def test_a_sum_with_nothing_is_a_copy(function) -> None:
+    x, *others = draw((2, 9, 40), torch.float32)
+    slice_of_tokens = x[:, 1:]
+    normed, total = function(slice_of_tokens, *others, None)
+    assert_close("normed", reference(slice_of_tokens, *others), normed)
+    assert torch.equal(total, slice_of_tokens)
+    assert total.data_ptr() != slice_of_tokens.data_ptr()
+    assert total.is_contiguous()
+
+
+@pytest.mark.parametrize("function", [norm_and_sum, torch.ops.gspn2.norm_and_sum], ids=["function", "op"])
+def test_an_addend_that_does_not_fit_is_named(function) -> None:
+    with pytest.raises(ValueError, match=r"addend has shape \(23,\), expected \(C,\) = \(24,\)"):
+        function(*draw((2, 5, 24), torch.float32), torch.zeros(23, device=DEVICE))
 
 
 # The mean itself has a rounding error, of half a unit in the last place at least, beside a deviation of 1: in fp32 of
@@ -228,6 +259,7 @@ def test_opcheck() -> None:
     torch.library.opcheck(torch.ops.gspn2.norm_statistics.default, (*inputs, 1))
     torch.library.opcheck(torch.ops.gspn2.norm_statistics.default, (inputs[0], None, None, EPS, 0))
     torch.library.opcheck(torch.ops.gspn2.layer_norm.default, inputs)
+    torch.library.opcheck(torch.ops.gspn2.norm_and_sum.default, (*inputs, inputs[1]))
 
 
 def test_autocast_leaves_it_alone() -> None:

@@ -1,0 +1,64 @@
+"""A block whose last product adds to the residual, against the plain sum in fp64."""
+
+import copy
+
+import pytest
+import torch
+from timm.layers import Mlp
+from torch import nn
+
+from gspn2_kernels.testing import assert_close
+from gspn2convert.block import GspnBlock, add_mlp
+
+DIM = 32
+
+
+def norm_and_mlp(dtype: torch.dtype, *, bias: bool = True, device: str = "cpu") -> tuple[nn.LayerNorm, Mlp]:
+    torch.manual_seed(0)
+    norm, mlp = nn.LayerNorm(DIM), Mlp(DIM, 3 * DIM, bias=bias).eval()
+    with torch.no_grad():
+        for parameter in (*norm.parameters(), *mlp.parameters()):
+            parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    return norm.to(device, dtype), mlp.to(device, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("shape", [(2, 7, DIM), (1, 1, DIM), (0, 7, DIM)], ids=str)
+@torch.no_grad()
+def test_mlp_adds_to_the_residual(shape: tuple[int, int, int], bias: bool, dtype: torch.dtype) -> None:
+    norm, mlp = norm_and_mlp(dtype, bias=bias)
+    x = (torch.randn(shape) + 0.5).to(dtype)
+    before = x.clone()
+    wide_norm, wide_mlp = copy.deepcopy(norm).double(), copy.deepcopy(mlp).double()
+    assert_close("sum", x.double() + wide_mlp(wide_norm(x.double())), add_mlp(x, norm, mlp))
+    assert torch.equal(x, before)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", ["plain", "listened", "autocast", "layer scale"])
+@torch.no_grad()
+def test_block_is_that_of_the_cpu(case: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    mixer = {"proxy_dim": 8, "has_prefix": True}
+    init = 0.5 if case == "layer scale" else None
+    block = GspnBlock(mixer=mixer, dim=DIM, num_heads=2, qkv_bias=True, init_values=init).eval().to(dtype)
+    for parameter in block.parameters():
+        parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    x = (torch.randn(2, 1 + 5 * 3, DIM) + 0.5).to(dtype)
+    expected = copy.deepcopy(block).double()._mix(x.double(), (5, 3))
+    fused: list[nn.Module] = []
+
+    def noted(*arguments):
+        fused.append(arguments[2])
+        return add_mlp(*arguments)
+
+    monkeypatch.setattr("gspn2convert.block.add_mlp", noted)
+    block.cuda()
+    if case == "listened":
+        block.mlp.fc2.register_forward_hook(lambda *_: None)
+    with torch.autocast("cuda", torch.bfloat16, enabled=case == "autocast"):
+        actual = block._mix(x.cuda(), (5, 3))
+    assert bool(fused) == (case == "plain")
+    assert_close("block", expected, actual, None if case != "autocast" else 2e-2)
