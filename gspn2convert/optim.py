@@ -1,17 +1,20 @@
-"""Learning rates, the optimizer's state by name, and the moving average of weights."""
+"""Learning rates, the optimizers and their state by name, and the moving average of weights."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import AdamW, Optimizer
 
 from gspn2convert.fsdp import own, part
+from gspn2convert.muon import Muon
 
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps for each parameter
+STATE = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer")  # what AdamW keeps for a parameter, and Muon
+BETAS = (0.9, 0.95)
 
 
 def learning_rate(step: int, steps: int, *, warmup: float, peak: float, final: float) -> float:
@@ -31,8 +34,52 @@ def learning_rate(step: int, steps: int, *, warmup: float, peak: float, final: f
     return final + (peak - final) * (1 + math.cos(math.pi * done)) / 2
 
 
+def make_optimizer(kind: str, groups: list[dict[str, Any]], *, fused: bool) -> Optimizer:
+    """Make the optimizer of a stage.
+
+    Args:
+        kind: "adamw", or "muon" for `MuonAdamW`.
+        groups: parameter groups, each with its learning rate and weight decay.
+        fused: whether AdamW is one kernel, as it can be on a GPU.
+    """
+    return MuonAdamW(groups, fused=fused) if kind == "muon" else AdamW(groups, betas=BETAS, fused=fused)
+
+
+def moments(kind: str, parameters: Iterable[nn.Parameter]) -> int:
+    """Count the numbers that an optimizer keeps of its parameters: two of each by AdamW, one of a matrix's by Muon."""
+    return sum(p.numel() * (1 if kind == "muon" and p.ndim == 2 else 2) for p in parameters)
+
+
+class MuonAdamW(Optimizer):
+    """Muon for weights of two dimensions and AdamW for all others, as one optimizer; arguments as above."""
+
+    def __init__(self, groups: list[dict[str, Any]], *, fused: bool) -> None:
+        parts = []
+        for group in groups:
+            split: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
+            for parameter in group["params"]:
+                split[parameter.ndim == 2].append(parameter)
+            parts += [{**group, "params": part, "muon": bool(i)} for i, part in enumerate(split) if part]
+        super().__init__(parts, {"fused": fused})
+        self._parts: dict[bool, Optimizer] = {}
+        if matrices := self._groups(muon=True):
+            self._parts[True] = Muon(matrices)
+        if others := self._groups(muon=False):
+            self._parts[False] = AdamW(others, betas=BETAS, fused=fused)
+
+    def _groups(self, *, muon: bool) -> list[dict[str, Any]]:
+        return [group for group in self.param_groups if group["muon"] == muon]
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Change the weights by their gradients."""
+        for muon, optimizer in self._parts.items():
+            # Groups and state are this optimizer's: loading a state makes them new.
+            optimizer.param_groups, optimizer.state = self._groups(muon=muon), self.state
+            optimizer.step(closure)
+
+
 def optimizer_tensors(optimizer: Optimizer, named: Iterable[tuple[str, nn.Parameter]]) -> dict[str, Tensor]:
-    """State of AdamW under the names of its parameters; those that have not had a gradient yet have none."""
+    """State of an optimizer under the names of its parameters; those that have not had a gradient yet have none."""
     return {f"{name}.{key}": value for name, p in named for key, value in optimizer.state.get(p, {}).items()}
 
 
@@ -40,12 +87,13 @@ def load_optimizer(optimizer: Optimizer, named: Iterable[tuple[str, nn.Parameter
     """Put the state of `optimizer_tensors` back, moments where their parameter is, sharded if it is."""
     fused = optimizer.defaults["fused"]
     for name, parameter in named:
-        if f"{name}.step" in tensors:
-            step, *moments = (tensors[f"{name}.{key}"] for key in MOMENTS)
-            moved = (part(moment, parameter) for moment in moments)
+        found = {key: tensors[f"{name}.{key}"] for key in STATE if f"{name}.{key}" in tensors}
+        state = {key: part(moment, parameter) for key, moment in found.items() if key != "step"}
+        if "step" in found:
             # A fused step counts on the device, any other on the CPU.
-            counted = step.to(parameter.device) if fused else step.cpu()
-            optimizer.state[parameter] = dict(zip(MOMENTS, (counted, *moved), strict=True))
+            state["step"] = found["step"].to(parameter.device) if fused else found["step"].cpu()
+        if state:
+            optimizer.state[parameter] = state
 
 
 class Ema:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from timm.models import VisionTransformer
+from torch import nn
 
 from gspn2convert.cost import Cost, cost, count_parameters, training_bytes
 from gspn2convert.curriculum import check_sizes, teacher_size, trained
@@ -15,12 +16,12 @@ from gspn2convert.given import load_given, recipe_of
 from gspn2convert.keep import Auto, read_keep
 from gspn2convert.mixer import Gspn2Mixer
 from gspn2convert.model import Gspn2Vit, build_student
+from gspn2convert.optim import moments
 from gspn2convert.recipe import Align, Curriculum, Recipe, Recover
 from gspn2convert.teachers import load_teacher
 from gspn2convert.vit import attention_sites
 
 FLOAT32, FLOAT64 = 4, 8
-MOMENTS = 2  # of AdamW, for each weight that trains
 
 
 def plan(
@@ -109,14 +110,16 @@ def _copies(spec: Align | Recover, student: Gspn2Vit, shard: bool) -> int:
     """Numbers that training keeps beyond the models: gradients, moments, averages, adapters, and a guide's weights."""
     mixers = [site for site in attention_sites(student) if isinstance(site, Gspn2Mixer)]
     if isinstance(spec, Align):
-        return (1 + MOMENTS) * sum(own.numel() for mixer in mixers for own in mixer.own_parameters().values())
+        own = [parameter for mixer in mixers for parameter in mixer.own_parameters().values()]
+        return sum(parameter.numel() for parameter in own) + moments("adamw", own)
     target = spec.target if isinstance(spec, Curriculum) else "teacher"
     with_term = spec.losses.mixer > 0 and target == "teacher"
     # Each CUDA graph holds gradients of its own, and there is one with the mixer term and one without it.
     gradients = 2 if with_term and not shard else 1
-    copies = gradients + MOMENTS + (spec.ema > 0) + (target == "previous")
-    adapters = len(mixers) * (student.embed_dim + 1) * student.embed_dim if with_term else 0
-    return copies * count_parameters(student) + (1 + 1 + MOMENTS) * adapters
+    copies = gradients + (spec.ema > 0) + (target == "previous")
+    adapters = list(nn.Linear(student.embed_dim, student.embed_dim, device="meta").parameters()) if with_term else []
+    each = 2 * sum(parameter.numel() for parameter in adapters) + moments(spec.optimizer, adapters)
+    return copies * count_parameters(student) + moments(spec.optimizer, student.parameters()) + len(mixers) * each
 
 
 def _fit_bytes(vit: VisionTransformer, recipe: Recipe, size: Cost) -> int:

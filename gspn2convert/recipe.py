@@ -158,6 +158,7 @@ class Recover(Part):
 
     steps: Whole
     batch_size: Count
+    optimizer: Literal["muon", "adamw"] = "muon"
     mixer_lr: Positive = 5.0e-4
     lr: Positive = 1.0e-4
     final_lr_ratio: Fraction = 0.01

@@ -23,7 +23,7 @@ from gspn2convert.checkpoint import CheckpointStore
 from gspn2convert.errors import UserError
 from gspn2convert.fsdp import part, whole
 from gspn2convert.interrupt import Interrupted, StopWish
-from gspn2convert.optim import Ema, learning_rate, load_optimizer, optimizer_tensors
+from gspn2convert.optim import Ema, learning_rate, load_optimizer, make_optimizer, optimizer_tensors
 from gspn2convert.progress import Progress
 from gspn2convert.recipe import Align, Recover
 from gspn2convert.stage import Objective
@@ -155,7 +155,8 @@ class _Training:
         self.named = [(n, p) for n, p in objective.named_parameters() if p.requires_grad]
         assert {id(p) for _, p in self.named} == {id(p) for p in self.parameters}
         on_gpu = accelerator.device.type == "cuda"
-        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=on_gpu)
+        kind = spec.optimizer if isinstance(spec, Recover) else "adamw"
+        optimizer = make_optimizer(kind, groups, fused=on_gpu)
         if on_gpu and not shard:
             with accelerator.autocast():
                 objective.record(torch.zeros(shape, device=accelerator.device))

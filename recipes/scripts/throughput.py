@@ -25,7 +25,7 @@ from torch import Tensor
 from gspn2convert.cache import ImageCache
 from gspn2convert.data import open_images
 from gspn2convert.model import Gspn2Vit, build_student
-from gspn2convert.optim import Ema
+from gspn2convert.optim import Ema, make_optimizer
 from gspn2convert.recipe import Recipe, load_recipe
 from gspn2convert.recover import RecoverStage
 from gspn2convert.stage import frozen_tokens
@@ -56,7 +56,7 @@ class Step:
         self, objective: RecoverStage, student: Gspn2Vit, recipe: Recipe, images: Tensor, accelerator: Accelerator
     ) -> None:
         self.objective, self.accelerator, self.clip = objective, accelerator, recipe.recover.clip
-        optimizer = torch.optim.AdamW(objective.groups(recipe.recover), fused=True)
+        optimizer = make_optimizer(recipe.recover.optimizer, objective.groups(recipe.recover), fused=True)
         with accelerator.autocast():
             objective.record(images)
         self.model, self.optimizer = accelerator.prepare(objective, optimizer)

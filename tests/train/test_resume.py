@@ -91,13 +91,20 @@ def test_the_whole_state_is_in_the_checkpoint(tmp_path):
         run.train("recover", batches=die_after(run, 3))
     with safe_open(tmp_path / FILE_NAME, framework="pt") as file:
         names = set(file.keys())
+    matrices = {f"student.{name}" for name, parameter in run.student.named_parameters() if parameter.ndim == 2}
     parameters = {f"student.{name}" for name, _ in run.student.named_parameters()}
     adapters = {f"adapters.{site}.{part}" for site in (0, 1) for part in ("weight", "bias")}
+    by_muon = matrices | {f"adapters.{site}.weight" for site in (0, 1)}
     assert names == {
         *parameters,
         *(name.replace("student.", "ema.", 1) for name in parameters),
         *(f"stage.{name}" for name in {*adapters, "deviations"}),
-        *(f"optimizer.{name}.{key}" for name in parameters | adapters for key in ("step", "exp_avg", "exp_avg_sq")),
+        *(f"optimizer.{name}.momentum_buffer" for name in by_muon),
+        *(
+            f"optimizer.{name}.{key}"
+            for name in (parameters | adapters) - by_muon
+            for key in ("step", "exp_avg", "exp_avg_sq")
+        ),
     }
 
 
