@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import AdamW, Muon, Optimizer
 
 from gspn2convert.fsdp import own, part
-from gspn2convert.muon import Muon
 
 STATE = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer")  # what AdamW keeps for a parameter, and Muon
 BETAS = (0.9, 0.95)
@@ -51,7 +50,11 @@ def moments(kind: str, parameters: Iterable[nn.Parameter]) -> int:
 
 
 class MuonAdamW(Optimizer):
-    """Muon for weights of two dimensions and AdamW for all others, as one optimizer; arguments as above."""
+    """Muon for weights of two dimensions and AdamW for all others, as one optimizer; arguments as above.
+
+    A step of Muon is the orthogonal matrix next to the momentum (Jordan et al., 2024), scaled to the size of AdamW's
+    steps, so that learning rates and weight decay are the same for both (Liu et al., 2025, arXiv 2502.16982).
+    """
 
     def __init__(self, groups: list[dict[str, Any]], *, fused: bool) -> None:
         parts = []
@@ -63,7 +66,7 @@ class MuonAdamW(Optimizer):
         super().__init__(parts, {"fused": fused})
         self._parts: dict[bool, Optimizer] = {}
         if matrices := self._groups(muon=True):
-            self._parts[True] = Muon(matrices)
+            self._parts[True] = Muon(matrices, adjust_lr_fn="match_rms_adamw")
         if others := self._groups(muon=False):
             self._parts[False] = AdamW(others, betas=BETAS, fused=fused)
 
