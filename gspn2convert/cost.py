@@ -5,6 +5,7 @@ counter. MACs are those of matrix products, convolutions, attention and line sca
 activations and other elementwise work are left out, as usual.
 """
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,7 +87,10 @@ def training_bytes(model: VisionTransformer, height: int, width: int) -> int:
         kept[tensor.untyped_storage()._cdata] = tensor
         return tensor
 
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with torch.enable_grad(), hooks, warnings.catch_warnings():
+        # They do not see the scans, which a checkpoint keeps; but so does the product that merges these, and that they see.
+        warnings.filterwarnings("ignore", "A saved_tensors_hooks context")
         weights, _ = _run_on_meta(model, height, width)
     own = {tensor.untyped_storage()._cdata for tensor in weights.values()}
     return sum(tensor.untyped_storage().nbytes() for key, tensor in kept.items() if key not in own)

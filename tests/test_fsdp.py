@@ -228,12 +228,12 @@ def test_gradients_are_those_of_one_process(folder, stage):
 
 
 def test_a_step_of_muon_is_that_of_one_process(folder):
-    """As far as bfloat16 goes, in which it iterates."""
+    """As far as five iterations in bfloat16 go."""
     ours, theirs = (load_file(folder / f"muon.{rank}.safetensors") for rank in (0, 1))
     for name, change in by_muon().items():
         assert torch.equal(ours[name], theirs[name]), name
         if change.ndim == 2:
-            assert (ours[name] - change).norm() <= 2**-5 * change.norm(), name
+            assert (ours[name] - change).norm() <= 2**-4 * change.norm(), name
 
 
 @pytest.mark.parametrize("stage", ["align", "recover"])

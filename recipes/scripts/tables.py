@@ -74,11 +74,13 @@ def mean_and_tail(cosine: dict[str, float]) -> str:
 
 def fashion(found: Document) -> list[str]:
     """Top-1 of the students of a ViT-Ti; one sentence."""
-    pure, auto = (found[name] for name in ("pure-0", "auto-0"))
-    top1 = [f"{100 * row['evaluation']['top1']:.2f} % ({row['minutes']:.1f} minutes)" for row in (pure, auto)]
+    pure, auto = ([row for name, row in found.items() if name.startswith(kind)] for kind in ("pure-", "auto-"))
+    top1 = [" and ".join(f"{100 * row['evaluation']['top1']:.2f} %" for row in rows) for rows in (pure, auto)]
+    longest = max((*pure, *auto), key=lambda row: float(row["minutes"]))
     return [
-        f"A ViT-Ti on Fashion-MNIST, top-1 {100 * pure['evaluation']['teacher_top1']:.2f} %, keeps {top1[0]}"
-        f" without attention and {top1[1]} with three blocks of it; one seed each."
+        f"A ViT-Ti on Fashion-MNIST, top-1 {100 * longest['evaluation']['teacher_top1']:.2f} %, keeps {top1[0]} without"
+        f" attention and {top1[1]} with three blocks of it (a figure for each seed), in at most"
+        f" {longest['minutes']:.1f} minutes of one {longest['environment']['device']}."
     ]
 
 
