@@ -89,7 +89,7 @@ def training_bytes(model: VisionTransformer, height: int, width: int) -> int:
 
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
     with torch.enable_grad(), hooks, warnings.catch_warnings():
-        # They do not see the scans, which a checkpoint keeps; but so does the product that merges these, and that they see.
+        # They do not see the scans, which a checkpoint keeps; but the product that merges these keeps them as well.
         warnings.filterwarnings("ignore", "A saved_tensors_hooks context")
         weights, _ = _run_on_meta(model, height, width)
     own = {tensor.untyped_storage()._cdata for tensor in weights.values()}
