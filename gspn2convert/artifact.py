@@ -16,8 +16,9 @@ from timm.models import VisionTransformer
 from timm.models._hub import load_model_config_from_path
 
 import gspn2convert
+from gspn2convert.block import GspnBlock
 from gspn2convert.errors import UserError
-from gspn2convert.model import Gspn2Vit, GspnBlock
+from gspn2convert.model import Gspn2Vit
 from gspn2convert.vit import GSPN2_VIT, current_arguments, public_cfg
 from gspn2convert.weights import WEIGHTS_FILE, check_match, folder_weights, read_shapes
 

@@ -9,7 +9,6 @@ Shapes: B batch, N = P + H W tokens, P prefix tokens, C channels, H W grid of pa
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -110,15 +109,17 @@ class GspnBlock(Block):
         norms = self.norm1, self.norm2
         parts = (*norms, self.ls1, self.drop_path1, *self.attn.modules())
         plain = all(isinstance(norm, nn.LayerNorm) for norm in norms)
-        return plain and not (torch.is_grad_enabled() or self.training or _listened(parts))
+        return plain and not (torch.is_grad_enabled() or self.training or any(map(_altered, parts)))
 
     def _fuses_mlp(self, x: Tensor) -> bool:
         """Whether the last product of the MLP may add to x, whose dtype it must have."""
         mlp = self.mlp
         if type(mlp) is not Mlp or type(mlp.fc2) is not nn.Linear or not isinstance(self.ls2, nn.Identity):
             return False
-        listened = _listened((self.ls2, self.drop_path2, *mlp.modules()))
-        return by_triton(x) and mlp.fc2.weight.dtype == x.dtype and not (listened or autocast_wanted(x.device.type))
+        weight = mlp.fc2.weight
+        # A weight of another class, such as a quantised one, may know no product but that of a linear layer.
+        plain = type(weight) is nn.Parameter and weight.dtype == x.dtype and not autocast_wanted(x.device.type)
+        return plain and by_triton(x) and not any(map(_altered, (self.ls2, self.drop_path2, *mlp.modules())))
 
 
 def add_mlp(x: Tensor, norm: nn.LayerNorm, mlp: Mlp) -> Tensor:
@@ -134,14 +135,16 @@ def add_mlp(x: Tensor, norm: nn.LayerNorm, mlp: Mlp) -> Tensor:
     """
     # A product of cuBLAS adds a bias, or to a matrix. So the norm, which reads the matrix, adds the bias to it.
     assert isinstance(mlp.fc2, nn.Linear)
-    a, out = norm_and_sum(x, norm.weight, norm.bias, norm.eps, mlp.fc2.bias)
-    hidden = mlp.norm(mlp.act(mlp.fc1(a)))
+    hidden, out = norm_and_sum(x, norm.weight, norm.bias, norm.eps, mlp.fc2.bias)
+    hidden = mlp.fc1(hidden)
+    hidden = mlp.norm(mlp.act(hidden))
     out.flatten(0, 1).addmm_(hidden.flatten(0, 1), mlp.fc2.weight.t())
     return out
 
 
-def _listened(parts: Iterable[nn.Module]) -> bool:
-    return any(part._forward_hooks or part._forward_pre_hooks for part in parts)
+def _altered(part: nn.Module) -> bool:
+    """Whether a module does something else than its class does in inference."""
+    return bool(part._forward_hooks or part._forward_pre_hooks or part.training or "forward" in vars(part))
 
 
 def _recomputes(block: KeptBlock | GspnBlock) -> bool:

@@ -18,7 +18,7 @@ from gspn2convert.errors import UserError
 from gspn2convert.fsdp import whole
 
 FILE_NAME = "checkpoint.safetensors"
-KEY = "gspn2convert.checkpoint.2"  # the file's one metadata entry; the number changes when the content does
+KEY = "gspn2convert.checkpoint.3"  # the file's one metadata entry; the number changes when the content does
 
 
 class CheckpointStore:

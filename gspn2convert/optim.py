@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW, Muon, Optimizer
+from torch.optim import AdamW, Optimizer
 
 from gspn2convert.fsdp import own, part
+from gspn2convert.muon import Muon
 
 STATE = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer")  # what AdamW keeps for a parameter, and Muon
 BETAS = (0.9, 0.95)
+Kind = Literal["muon", "adamw"]
 
 
 def learning_rate(step: int, steps: int, *, warmup: float, peak: float, final: float) -> float:
@@ -33,7 +35,7 @@ def learning_rate(step: int, steps: int, *, warmup: float, peak: float, final: f
     return final + (peak - final) * (1 + math.cos(math.pi * done)) / 2
 
 
-def make_optimizer(kind: str, groups: list[dict[str, Any]], *, fused: bool) -> Optimizer:
+def make_optimizer(kind: Kind, groups: list[dict[str, Any]], *, fused: bool) -> Optimizer:
     """Make the optimizer of a stage.
 
     Args:
@@ -44,29 +46,25 @@ def make_optimizer(kind: str, groups: list[dict[str, Any]], *, fused: bool) -> O
     return MuonAdamW(groups, fused=fused) if kind == "muon" else AdamW(groups, betas=BETAS, fused=fused)
 
 
-def moments(kind: str, parameters: Iterable[nn.Parameter]) -> int:
+def moments(kind: Kind, parameters: Iterable[nn.Parameter]) -> int:
     """Count the numbers that an optimizer keeps of its parameters: two of each by AdamW, one of a matrix's by Muon."""
     return sum(p.numel() * (1 if kind == "muon" and p.ndim == 2 else 2) for p in parameters)
 
 
 class MuonAdamW(Optimizer):
-    """Muon for weights of two dimensions and AdamW for all others, as one optimizer; arguments as above.
-
-    A step of Muon is the orthogonal matrix next to the momentum (Jordan et al., 2024), scaled to the size of AdamW's
-    steps, so that learning rates and weight decay are the same for both (Liu et al., 2025, arXiv 2502.16982).
-    """
+    """Muon for weights of two dimensions and AdamW for all others, as one optimizer; arguments as above."""
 
     def __init__(self, groups: list[dict[str, Any]], *, fused: bool) -> None:
-        parts = []
+        halves = []
         for group in groups:
             split: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
             for parameter in group["params"]:
                 split[parameter.ndim == 2].append(parameter)
-            parts += [{**group, "params": part, "muon": bool(i)} for i, part in enumerate(split) if part]
-        super().__init__(parts, {"fused": fused})
+            halves += [{**group, "params": half, "muon": bool(i)} for i, half in enumerate(split) if half]
+        super().__init__(halves, {"fused": fused})
         self._parts: dict[bool, Optimizer] = {}
         if matrices := self._groups(muon=True):
-            self._parts[True] = Muon(matrices, adjust_lr_fn="match_rms_adamw")
+            self._parts[True] = Muon(matrices)
         if others := self._groups(muon=False):
             self._parts[False] = AdamW(others, betas=BETAS, fused=fused)
 
@@ -74,11 +72,11 @@ class MuonAdamW(Optimizer):
         return [group for group in self.param_groups if group["muon"] == muon]
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Change the weights by their gradients."""
+        """Change the weights by their gradients; Accelerate hands over that it has no closure."""
         for muon, optimizer in self._parts.items():
             # Groups and state are this optimizer's: loading a state makes them new.
             optimizer.param_groups, optimizer.state = self._groups(muon=muon), self.state
-            optimizer.step(closure)
+            optimizer.step()
 
 
 def optimizer_tensors(optimizer: Optimizer, named: Iterable[tuple[str, nn.Parameter]]) -> dict[str, Tensor]:

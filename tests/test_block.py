@@ -13,6 +13,10 @@ from gspn2convert.block import GspnBlock, add_mlp
 DIM = 32
 
 
+class Special(nn.Parameter):
+    """A weight that is more than a tensor."""
+
+
 def norm_and_mlp(dtype: torch.dtype, *, bias: bool = True, device: str = "cpu") -> tuple[nn.LayerNorm, Mlp]:
     torch.manual_seed(0)
     norm, mlp = nn.LayerNorm(DIM), Mlp(DIM, 3 * DIM, bias=bias).eval()
@@ -35,18 +39,20 @@ def test_mlp_adds_to_the_residual(shape: tuple[int, int, int], bias: bool, dtype
     assert torch.equal(x, before)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("case", ["plain", "listened", "autocast", "layer scale"])
+CASES = ("plain", "listened", "autocast", "layer scale", "dropout", "own forward", "own class")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("case", CASES)
 @torch.no_grad()
-def test_block_is_that_of_the_cpu(case: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_a_plain_mlp_adds(case: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    mixer = {"proxy_dim": 8, "has_prefix": True}
     init = 0.5 if case == "layer scale" else None
-    block = GspnBlock(mixer=mixer, dim=DIM, num_heads=2, qkv_bias=True, init_values=init).eval().to(dtype)
+    block = GspnBlock(mixer={"proxy_dim": 8, "has_prefix": True}, dim=DIM, num_heads=2, qkv_bias=True, init_values=init)
+    block.eval()
     for parameter in block.parameters():
         parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    x = (torch.randn(2, 1 + 5 * 3, DIM) + 0.5).to(dtype)
+    x = torch.randn(2, 1 + 5 * 3, DIM) + 0.5
     expected = copy.deepcopy(block).double()._mix(x.double(), (5, 3))
     fused: list[nn.Module] = []
 
@@ -55,10 +61,23 @@ def test_block_is_that_of_the_cpu(case: str, dtype: torch.dtype, monkeypatch: py
         return add_mlp(*arguments)
 
     monkeypatch.setattr("gspn2convert.block.add_mlp", noted)
-    block.cuda()
-    if case == "listened":
-        block.mlp.fc2.register_forward_hook(lambda *_: None)
-    with torch.autocast("cuda", torch.bfloat16, enabled=case == "autocast"):
-        actual = block._mix(x.cuda(), (5, 3))
+    monkeypatch.setattr("gspn2convert.block.by_triton", lambda _: True)
+    alter(block.to(device), case)
+    with torch.autocast(device, torch.bfloat16, enabled=case == "autocast"):
+        actual = block._mix(x.to(device), (5, 3))
     assert bool(fused) == (case == "plain")
     assert_close("block", expected, actual, None if case != "autocast" else 2e-2)
+
+
+def alter(block: GspnBlock, case: str) -> None:
+    """Do to a block's MLP what the case says, which changes nothing of what it computes."""
+    assert isinstance(block.mlp, Mlp)
+    last = block.mlp.fc2
+    if case == "listened":
+        last.register_forward_hook(lambda *_: None)
+    elif case == "dropout":
+        block.mlp.drop2.train()
+    elif case == "own forward":
+        last.forward = last.forward
+    elif case == "own class":
+        last.weight.__class__ = Special
