@@ -33,8 +33,9 @@ class Muon(Optimizer):
     def __init__(self, groups: list[dict[str, Any]], *, momentum: float = 0.95) -> None:
         super().__init__(groups, {"momentum": momentum})
 
+    # Without the closure that other optimizers take: `MuonAdamW`, which calls this, has none.
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
+    def step(self) -> None:  # type: ignore[override]
         """Change the matrices by their gradients."""
         for group in self.param_groups:
             alike = defaultdict(list)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +12,10 @@ from torch.optim import AdamW, Optimizer
 
 from gspn2convert.fsdp import own, part
 from gspn2convert.muon import Muon
+from gspn2convert.recipe_values import OptimizerName
 
 STATE = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer")  # what AdamW keeps for a parameter, and Muon
 BETAS = (0.9, 0.95)
-Kind = Literal["muon", "adamw"]
 
 
 def learning_rate(step: int, steps: int, *, warmup: float, peak: float, final: float) -> float:
@@ -35,7 +35,7 @@ def learning_rate(step: int, steps: int, *, warmup: float, peak: float, final: f
     return final + (peak - final) * (1 + math.cos(math.pi * done)) / 2
 
 
-def make_optimizer(kind: Kind, groups: list[dict[str, Any]], *, fused: bool) -> Optimizer:
+def make_optimizer(kind: OptimizerName, groups: list[dict[str, Any]], *, fused: bool) -> Optimizer:
     """Make the optimizer of a stage.
 
     Args:
@@ -46,7 +46,7 @@ def make_optimizer(kind: Kind, groups: list[dict[str, Any]], *, fused: bool) -> 
     return MuonAdamW(groups, fused=fused) if kind == "muon" else AdamW(groups, betas=BETAS, fused=fused)
 
 
-def moments(kind: Kind, parameters: Iterable[nn.Parameter]) -> int:
+def moments(kind: OptimizerName, parameters: Iterable[nn.Parameter]) -> int:
     """Count the numbers that an optimizer keeps of its parameters: two of each by AdamW, one of a matrix's by Muon."""
     return sum(p.numel() * (1 if kind == "muon" and p.ndim == 2 else 2) for p in parameters)
 
@@ -71,8 +71,10 @@ class MuonAdamW(Optimizer):
     def _groups(self, *, muon: bool) -> list[dict[str, Any]]:
         return [group for group in self.param_groups if group["muon"] == muon]
 
+    # Gradients are there already: a closure that computes them is not taken, but Accelerate says that it has none.
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Change the weights by their gradients; Accelerate hands over that it has no closure."""
+        """Change the weights by their gradients."""
+        assert closure is None
         for muon, optimizer in self._parts.items():
             # Groups and state are this optimizer's: loading a state makes them new.
             optimizer.param_groups, optimizer.state = self._groups(muon=muon), self.state

@@ -111,7 +111,7 @@ def _copies(spec: Align | Recover, student: Gspn2Vit, shard: bool) -> int:
     mixers = [site for site in attention_sites(student) if isinstance(site, Gspn2Mixer)]
     if isinstance(spec, Align):
         own = [parameter for mixer in mixers for parameter in mixer.own_parameters().values()]
-        return sum(parameter.numel() for parameter in own) + moments("adamw", own)
+        return sum(parameter.numel() for parameter in own) + moments(spec.optimizer, own)
     target = spec.target if isinstance(spec, Curriculum) else "teacher"
     with_term = spec.losses.mixer > 0 and target == "teacher"
     # Each CUDA graph holds gradients of its own, and there is one with the mixer term and one without it.

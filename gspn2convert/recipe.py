@@ -19,6 +19,7 @@ from gspn2convert.recipe_values import (
     Interval,
     Keep,
     Name,
+    OptimizerName,
     Positive,
     ProxyDim,
     Sizes,
@@ -114,6 +115,7 @@ class Align(Part):
     """Stage 1: each mixer alone learns the output of the attention layer that it replaces."""
 
     place: ClassVar[str] = "recipe.align"
+    optimizer: ClassVar[OptimizerName] = "adamw"  # Muon gained nothing here
 
     steps: Whole
     batch_size: Count
@@ -158,7 +160,7 @@ class Recover(Part):
 
     steps: Whole
     batch_size: Count
-    optimizer: Literal["muon", "adamw"] = "muon"
+    optimizer: OptimizerName = "muon"
     mixer_lr: Positive = 5.0e-4
     lr: Positive = 1.0e-4
     final_lr_ratio: Fraction = 0.01

@@ -2,7 +2,7 @@
 
 import re
 from itertools import pairwise
-from typing import Annotated
+from typing import Annotated, Literal
 
 from gspn2convert.keep import KEEP_FORMS, is_keep
 from gspn2convert.recipe_parser import Rule
@@ -32,5 +32,6 @@ Sizes = Annotated[
     ),
 ]
 ProxyDim = Annotated[int | str, Rule(_is_proxy_dim, "an integer of 1 or more, or a share of the width such as 'C/8'")]
+OptimizerName = Literal["muon", "adamw"]
 Keep = Annotated[str, Rule(is_keep, KEEP_FORMS)]
 Name = Annotated[str, Rule(lambda text: bool(_NAME.fullmatch(text)), "a name of letters, digits, '.', '_' and '-'")]

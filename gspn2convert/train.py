@@ -155,7 +155,7 @@ class _Training:
         self.named = [(n, p) for n, p in objective.named_parameters() if p.requires_grad]
         assert {id(p) for _, p in self.named} == {id(p) for p in self.parameters}
         on_gpu = accelerator.device.type == "cuda"
-        optimizer = make_optimizer(spec.optimizer if isinstance(spec, Recover) else "adamw", groups, fused=on_gpu)
+        optimizer = make_optimizer(spec.optimizer, groups, fused=on_gpu)
         if on_gpu and not shard:
             with accelerator.autocast():
                 objective.record(torch.zeros(shape, device=accelerator.device))

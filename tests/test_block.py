@@ -1,14 +1,15 @@
-"""A block whose last product adds to the residual, against the plain sum in fp64."""
+"""A block in inference: what it fuses, against the plain sums, and what it must not fuse."""
 
 import copy
 
 import pytest
 import torch
 from timm.layers import Mlp
-from torch import nn
+from torch import Tensor, nn
 
 from gspn2_kernels.testing import assert_close
 from gspn2convert.block import GspnBlock, add_mlp
+from gspn2convert.model import build_student
 
 DIM = 32
 
@@ -81,3 +82,27 @@ def alter(block: GspnBlock, case: str) -> None:
         last.forward = last.forward
     elif case == "own class":
         last.weight.__class__ = Special
+
+
+@torch.no_grad()
+def test_hooks_and_adapters_within_a_mixer_count_in_inference(tiny_teacher) -> None:
+    model = build_student(tiny_teacher, [0, 1], {"proxy_dim": 6})
+    images, heard = torch.rand(1, 3, *model.patch_embed.img_size), []
+    plain = model(images)
+    for name in ("attn", "attn.down", "drop_path1"):
+        module = model.blocks[0].get_submodule(name)
+        handle = module.register_forward_pre_hook(lambda *_, name=name: heard.append(name))
+        torch.testing.assert_close(model(images), plain)
+        handle.remove()
+    assert heard == ["attn", "attn.down", "drop_path1"]
+
+    class Doubled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    for block in model.blocks[:2]:
+        block.attn.down.__class__ = Doubled
+    adapted = model(images)
+    assert not torch.allclose(adapted, plain)
+    with torch.enable_grad():
+        torch.testing.assert_close(adapted, model(images).detach())

@@ -116,7 +116,7 @@ def test_copies_are_those_that_training_holds(default, make_teacher, stage):
         objective = RecoverStage(student, teacher, spec.losses, torch.ones(2, 32))
         held += [*Ema(student, 0.9).average.values(), *objective.adapters.parameters()]
     parameters = [p for group in objective.groups(spec) for p in group["params"]]
-    optimizer = make_optimizer("adamw" if stage == "align" else spec.optimizer, objective.groups(spec), fused=False)
+    optimizer = make_optimizer(spec.optimizer, objective.groups(spec), fused=False)
     objective(torch.randn(2, 3, 32, 48, generator=torch.Generator().manual_seed(0)), 0.0)["loss"].backward()
     optimizer.step()
     held += [p.grad for p in parameters]

@@ -28,6 +28,8 @@ CASES = [
     pytest.param((1, 18, 5), 17, id="whole tile of prefix, odd sizes"),
     pytest.param((1, 3, 256), 1, id="one wide chunk"),
 ]
+SHAPES = pytest.mark.parametrize("shape", [*(case.values[0] for case in CASES), (0, 5, 24), (2, 0, 24)], ids=str)
+SUMS = pytest.mark.parametrize("function", [norm_and_sum, torch.ops.gspn2.norm_and_sum], ids=["function", "op"])
 ROUTES = pytest.mark.parametrize("function", [norm_tokens, torch.ops.gspn2.norm_statistics], ids=["function", "op"])
 
 
@@ -93,7 +95,7 @@ def test_kernel_finds_what_norms_tokens(shape, prefix: int, dtype: torch.dtype) 
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [*(case.values[0] for case in CASES), (0, 5, 24), (2, 0, 24)], ids=str)
+@SHAPES
 def test_kernel_is_the_norm(shape, dtype: torch.dtype) -> None:
     inputs = draw(shape, dtype)
     expected, actual = reference(*inputs), kernels.norm(*inputs)
@@ -104,7 +106,7 @@ def test_kernel_is_the_norm(shape, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [*(case.values[0] for case in CASES), (0, 5, 24), (2, 0, 24)], ids=str)
+@SHAPES
 def test_kernel_adds_to_what_it_norms(shape, dtype: torch.dtype) -> None:
     inputs = draw(shape, dtype)
     addend = inputs[2].flip(0) * 3
@@ -117,7 +119,7 @@ def test_kernel_adds_to_what_it_norms(shape, dtype: torch.dtype) -> None:
         assert_close("total", inputs[0].double() + addend.double(), others[1])
 
 
-@pytest.mark.parametrize("function", [norm_and_sum, torch.ops.gspn2.norm_and_sum], ids=["function", "op"])
+@SUMS
 def test_a_sum_with_nothing_is_a_copy(function) -> None:
     x, *others = draw((2, 9, 40), torch.float32)
     slice_of_tokens = x[:, 1:]
@@ -128,7 +130,7 @@ def test_a_sum_with_nothing_is_a_copy(function) -> None:
     assert total.is_contiguous()
 
 
-@pytest.mark.parametrize("function", [norm_and_sum, torch.ops.gspn2.norm_and_sum], ids=["function", "op"])
+@SUMS
 def test_an_addend_that_does_not_fit_is_named(function) -> None:
     with pytest.raises(ValueError, match=r"addend has shape \(23,\), expected \(C,\) = \(24,\)"):
         function(*draw((2, 5, 24), torch.float32), torch.zeros(23, device=DEVICE))
