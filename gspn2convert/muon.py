@@ -36,7 +36,7 @@ class Muon(Optimizer):
     # Without the closure that other optimizers take: `MuonAdamW`, which calls this, has none.
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
-        """Change the matrices by their gradients."""
+        """Change the matrices by their gradients, which are overwritten: that takes one kernel for all."""
         for group in self.param_groups:
             alike = defaultdict(list)
             for matrix in group["params"]:
@@ -46,12 +46,12 @@ class Muon(Optimizer):
                 self._change(matrices, group["lr"], group["weight_decay"], group["momentum"])
 
     def _change(self, matrices: list[nn.Parameter], lr: float, decay: float, momentum: float) -> None:
-        directions = []
-        for matrix in matrices:
-            assert matrix.grad is not None
-            average = self.state[matrix].setdefault("momentum_buffer", torch.zeros_like(matrix))
-            average.lerp_(matrix.grad, 1 - momentum)
-            directions.append(whole(matrix.grad.lerp(average, momentum)))  # Nesterov's
+        gradients = [matrix.grad for matrix in matrices if matrix.grad is not None]
+        averages = [self.state[matrix].setdefault("momentum_buffer", torch.zeros_like(matrix)) for matrix in matrices]
+        own_gradients, own_averages = ([own(tensor) for tensor in tensors] for tensors in (gradients, averages))
+        torch._foreach_lerp_(own_averages, own_gradients, 1 - momentum)
+        torch._foreach_lerp_(own_gradients, own_averages, momentum)  # Nesterov's
+        directions = [whole(gradient) for gradient in gradients]
         scale = lr * SIZE * max(matrices[0].shape) ** 0.5
         steps = orthogonal(torch.stack(directions)).mul_(-scale)
         parts = [own(part(step, matrix)) for step, matrix in zip(steps.unbind(), matrices, strict=True)]
