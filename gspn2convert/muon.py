@@ -47,7 +47,7 @@ class Muon(Optimizer):
 
     def _change(self, matrices: list[nn.Parameter], lr: float, decay: float, momentum: float) -> None:
         gradients = [matrix.grad for matrix in matrices if matrix.grad is not None]
-        averages = [self.state[matrix].setdefault("momentum_buffer", torch.zeros_like(matrix)) for matrix in matrices]
+        averages = [self._average(matrix) for matrix in matrices]
         own_gradients, own_averages = ([own(tensor) for tensor in tensors] for tensors in (gradients, averages))
         torch._foreach_lerp_(own_averages, own_gradients, 1 - momentum)
         torch._foreach_lerp_(own_gradients, own_averages, momentum)  # Nesterov's
@@ -58,6 +58,13 @@ class Muon(Optimizer):
         weights = [own(matrix.detach()) for matrix in matrices]
         torch._foreach_mul_(weights, 1 - lr * decay)
         torch._foreach_add_(weights, parts)
+
+    def _average(self, matrix: nn.Parameter) -> Tensor:
+        state = self.state[matrix]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(matrix)
+        average: Tensor = state["momentum_buffer"]
+        return average
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
