@@ -236,7 +236,7 @@ class _Training:
         return self.accelerator.reduce(values, "mean").tolist()
 
     def _check(self, step: int, figures: dict[str, float]) -> None:
-        """Stop before weights that a bad gradient has reached are saved; a step that the fp16 scaler skipped may pass."""
+        """Stop before weights that a bad gradient has reached are saved; what the fp16 scaler skipped may pass."""
         if math.isfinite(figures["loss"]) and math.isfinite(figures["gradient"]):
             self.skipped = 0
             return
