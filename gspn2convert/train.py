@@ -116,7 +116,7 @@ def train_stage(
         shard: spread the objective's models over the processes, in place of DDP; they stay so.
 
     Raises:
-        UserError: the loss or its gradient became NaN or infinite; the last checkpoint stays.
+        UserError: the loss or its gradient became NaN or infinite; the last checkpoint stays, the student is bad.
         Interrupted: Ctrl-C or SIGTERM; the state is saved.
     """
     training = _Training(name, objective, spec, shape, accelerator, store, shard)
@@ -224,7 +224,7 @@ class _Training:
         # Each process has a clock of its own; that of the one that writes decides.
         wishes = stop.made, self.store.main and self.store.due(step + 1)
         asked = (torch.full_like(norm, float(wish)) for wish in wishes)
-        # Only here the host waits for the device, which then has had all of the step's work to do without a pause.
+        # Without the fp16 scaler the host waits for the device only here, when it has all of the step's work.
         figures = self._everywhere([*(term.detach() for term in terms.values()), norm, *asked])
         named = dict(zip([*terms, "gradient"], figures, strict=False))
         self._check(step, named)
