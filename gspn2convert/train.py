@@ -116,7 +116,7 @@ def train_stage(
         shard: spread the objective's models over the processes, in place of DDP; they stay so.
 
     Raises:
-        UserError: the loss or its gradient became NaN or infinite; the last checkpoint stays, the student is bad.
+        UserError: the loss or its gradient became NaN or infinite; the last checkpoint stays.
         Interrupted: Ctrl-C or SIGTERM; the state is saved.
     """
     training = _Training(name, objective, spec, shape, accelerator, store, shard)
@@ -217,17 +217,16 @@ class _Training:
             terms = self.model(images, step / self.spec.steps)
         self.accelerator.backward(terms["loss"])
         norm = whole(self.accelerator.clip_grad_norm_(self.parameters, self.spec.clip))
+        # Each process has a clock of its own; that of the one that writes decides.
+        wishes = stop.made, self.store.main and self.store.due(step + 1)
+        asked = (torch.full_like(norm, float(wish)) for wish in wishes)
+        figures = self._everywhere([*(term.detach() for term in terms.values()), norm, *asked])
+        named = dict(zip([*terms, "gradient"], figures, strict=False))
+        self._check(step, named)
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.ema is not None:
             self.ema.update(step)
-        # Each process has a clock of its own; that of the one that writes decides.
-        wishes = stop.made, self.store.main and self.store.due(step + 1)
-        asked = (torch.full_like(norm, float(wish)) for wish in wishes)
-        # Without the fp16 scaler the host waits for the device only here, when it has all of the step's work.
-        figures = self._everywhere([*(term.detach() for term in terms.values()), norm, *asked])
-        named = dict(zip([*terms, "gradient"], figures, strict=False))
-        self._check(step, named)
         return named, figures[-2] > 0, figures[-1] > 0
 
     def _everywhere(self, figures: list[Tensor] | list[float]) -> list[float]:
@@ -236,7 +235,7 @@ class _Training:
         return self.accelerator.reduce(values, "mean").tolist()
 
     def _check(self, step: int, figures: dict[str, float]) -> None:
-        """Stop before weights that a bad gradient has reached are saved; what the fp16 scaler skipped may pass."""
+        """Stop before a bad gradient reaches the weights; a step that the fp16 scaler will skip may pass."""
         if math.isfinite(figures["loss"]) and math.isfinite(figures["gradient"]):
             self.skipped = 0
             return

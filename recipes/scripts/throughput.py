@@ -73,11 +73,10 @@ class Step:
 
     def update(self) -> None:
         """Clip, step and average."""
-        norm = self.accelerator.clip_grad_norm_(self.parameters, self.clip)
+        float(self.accelerator.clip_grad_norm_(self.parameters, self.clip))
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.ema.update(1000)
-        float(norm)
 
     def __call__(self, images: Tensor, progress: float) -> None:
         """Take a whole step."""

@@ -115,6 +115,7 @@ def test_nan_stops_and_the_last_good_checkpoint_stays(tmp_path, stage):
     resumed = Run(tmp_path)
     assert (resumed.store.stage, resumed.store.step) == (stage, 4)
     assert all(torch.isfinite(value).all() for value in resumed.store.tensors.values())
+    assert all(torch.isfinite(value).all() for value in run.student.state_dict().values())
 
 
 def test_nan_in_the_first_step_says_that_nothing_was_written(tmp_path):
