@@ -33,8 +33,8 @@ class Muon(Optimizer):
     def __init__(self, groups: list[dict[str, Any]], *, momentum: float = 0.95) -> None:
         super().__init__(groups, {"momentum": momentum})
 
-    # Without the closure that other optimizers take: `MuonAdamW`, which calls this, has none.
     @torch.no_grad()
+    # Without the closure that other optimizers take: `MuonAdamW`, which calls this, has none.
     def step(self) -> None:  # type: ignore[override]
         """Change the matrices by their gradients, which are overwritten: that takes one kernel for all."""
         for group in self.param_groups:

@@ -21,10 +21,10 @@ def draw_norm(stream: Tensor, seed: int = 1) -> dict[str, Tensor]:
     return dict(zip(NORM, (stream, statistics, weight + 0.5, bias), strict=True))
 
 
-def normed(stream: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None) -> Tensor:
+def normed(stream: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float = EPS) -> Tensor:
     """The normed tokens in fp64."""
     weight, bias = (None if t is None else t.double() for t in (norm_weight, norm_bias))
-    return F.layer_norm(stream.double(), stream.shape[2:], weight, bias, EPS)
+    return F.layer_norm(stream.double(), stream.shape[2:], weight, bias, eps)
 
 
 def unwritten(

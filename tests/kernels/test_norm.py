@@ -5,19 +5,19 @@ Shapes: B batch, N tokens, P prefix tokens, C channels.
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from gspn2_kernels import Normed
 from gspn2_kernels.norm import layer_norm, norm_and_sum, norm_tokens
 from gspn2_kernels.testing import TOLERANCES, assert_close
 from helpers.layouts import OF_TOKENS
+from helpers.norms import EPS
+from helpers.norms import normed as reference
 
 pytest.importorskip("triton")
 kernels = pytest.importorskip("gspn2_kernels.triton_norm")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-EPS = 1e-6
 NAMES = ("statistics", "first", "mean")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # A chunk is up to 256 channels of two bytes or 128 of four.
@@ -45,12 +45,6 @@ def draw(
 
     x, weight, bias = normal(batch, tokens, channels, mean=shift), normal(channels, mean=1), normal(channels, mean=0.5)
     return x, weight, bias, EPS
-
-
-def reference(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """Compute in fp64, rounded nowhere."""
-    x, weight, bias = (None if t is None else t.double() for t in (x, weight, bias))
-    return F.layer_norm(x, x.shape[2:], weight, bias, eps)
 
 
 def of_patches(a: Tensor, prefix: int) -> Tensor:
