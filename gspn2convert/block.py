@@ -36,19 +36,32 @@ class Grid(threading.local):
         return Grid, ()
 
 
-class KeptBlock(Block):
-    """A block that keeps its attention, and recomputes itself in backward when told to."""
+class StudentBlock(Block):
+    """What both kinds of blocks share."""
 
     grad_checkpointing = False
+
+    def finish(self, x: Tensor, mixed: Tensor) -> Tensor:
+        """Add what was mixed to the tokens it was mixed of, then what the MLP makes of the sum: (B, N, C) all."""
+        x = x + self.drop_path1(self.ls1(mixed))
+        out: Tensor = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        return out
+
+
+class KeptBlock(StudentBlock):
+    """A block that keeps its attention, and recomputes itself in backward when told to."""
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Map tokens (B, N, C) to tokens (B, N, C)."""
         if _recomputes(self):
-            return checkpoint(super().forward, x, attn_mask, is_causal, use_reentrant=False)
-        return super().forward(x, attn_mask, is_causal)
+            return checkpoint(self._attend, x, attn_mask, is_causal, use_reentrant=False)
+        return self._attend(x, attn_mask, is_causal)
+
+    def _attend(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+        return self.finish(x, self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal))
 
 
-class GspnBlock(Block):
+class GspnBlock(StudentBlock):
     """A block whose attention is a `Gspn2Mixer`.
 
     Args:
@@ -56,7 +69,6 @@ class GspnBlock(Block):
         arguments: of timm's Block, which builds the attention that the mixer takes over.
     """
 
-    grad_checkpointing = False
     grid: Grid | None = None
 
     def __init__(self, *, mixer: dict[str, Any], **arguments: Any) -> None:
@@ -95,11 +107,9 @@ class GspnBlock(Block):
                 assert isinstance(self.mlp, Mlp)
                 return add_mlp(x, self.norm2, self.mlp)
             a = layer_norm(x, self.norm2.weight, self.norm2.bias, self.norm2.eps)
-        else:
-            x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), grid)))
-            a = self.norm2(x)
-        out: Tensor = x + self.drop_path2(self.ls2(self.mlp(a)))
-        return out
+            out: Tensor = x + self.drop_path2(self.ls2(self.mlp(a)))
+            return out
+        return self.finish(x, self.attn(self.norm1(x), grid))
 
     def _fuses(self) -> bool:
         """Whether norms, mixer and residual may be ours: nothing is trained, and nobody listens to what is between.
@@ -147,5 +157,5 @@ def _altered(part: nn.Module) -> bool:
     return bool(part._forward_hooks or part._forward_pre_hooks or part.training or "forward" in vars(part))
 
 
-def _recomputes(block: KeptBlock | GspnBlock) -> bool:
+def _recomputes(block: StudentBlock) -> bool:
     return block.grad_checkpointing and torch.is_grad_enabled() and not torch.compiler.is_exporting()

@@ -1,4 +1,4 @@
-"""A training pass recorded as a CUDA graph, forward and backward.
+"""What training does at every step, recorded as CUDA graphs: a pass forward and backward, and an optimizer's step.
 
 A small ViT is thousands of short kernels, which a CPU cannot launch as fast as a GPU runs them.
 """
@@ -6,11 +6,13 @@ A small ViT is thousands of short kernels, which a CPU cannot launch as fast as 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 Pass = Callable[..., dict[str, Tensor]]
 
@@ -52,3 +54,54 @@ def record(run: Pass, trained: Sequence[nn.Module], inputs: Iterable[tuple[Tenso
             module = _Pass(run, trained)
             graphs[len(each)] = torch.cuda.make_graphed_callables(module, each, allow_unused_input=True, pool=pool)
     return graphs
+
+
+@contextmanager
+def compiled(methods: Iterable[tuple[nn.Module, str]]) -> Iterator[None]:
+    """Have methods of modules compiled inside a `with`: what is recorded there runs fewer and longer kernels.
+
+    Afterwards they are what they were, so that nothing else is compiled for its shapes.
+    """
+    methods = list(methods)
+    for module, name in methods:
+        setattr(module, name, torch.compile(getattr(module, name), dynamic=False))
+    with warnings.catch_warnings():
+        # Advice to those who write kernels.
+        warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\._(inductor|dynamo)")
+        try:
+            yield
+        finally:
+            for module, name in methods:
+                delattr(module, name)
+
+
+class RecordedSteps:
+    """An optimizer's steps on a GPU, replayed from a graph.
+
+    A recorded pass leaves its gradients in one place, and other passes in others: there is a graph for each place. The
+    first step from a place is taken as it is, since an optimizer makes its state in it.
+
+    Args:
+        optimizer: with `capturable` steps, its learning rates tensors.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._optimizer = optimizer
+        self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self._graphs: dict[tuple[int, ...], torch.cuda.CUDAGraph | None] = {}
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self) -> None:
+        """Change the weights by their gradients."""
+        place = tuple(0 if p.grad is None else p.grad.data_ptr() for p in self._parameters)
+        if place not in self._graphs:
+            self._graphs[place] = None
+            self._optimizer.step()
+            return
+        graph = self._graphs[place]
+        if graph is None:
+            self._graphs[place] = graph = torch.cuda.CUDAGraph()
+            # Other threads, of those that read images, may use the device meanwhile.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                self._optimizer.step()
+        graph.replay()

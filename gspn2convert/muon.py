@@ -26,7 +26,8 @@ class Muon(Optimizer):
     """Steps that are orthogonal matrices, next to the momentum of the gradient.
 
     Args:
-        groups: parameter groups of matrices, each with its learning rate "lr" and its "weight_decay".
+        groups: parameter groups of matrices, each with its learning rate "lr", a number or a tensor, and its
+            "weight_decay".
         momentum: decay of the average of gradients.
     """
 
@@ -45,7 +46,7 @@ class Muon(Optimizer):
             for matrices in alike.values():
                 self._change(matrices, group["lr"], group["weight_decay"], group["momentum"])
 
-    def _change(self, matrices: list[nn.Parameter], lr: float, decay: float, momentum: float) -> None:
+    def _change(self, matrices: list[nn.Parameter], lr: float | Tensor, decay: float, momentum: float) -> None:
         gradients = [matrix.grad for matrix in matrices if matrix.grad is not None]
         averages = [self._average(matrix) for matrix in matrices]
         own_gradients, own_averages = ([own(tensor) for tensor in tensors] for tensors in (gradients, averages))

@@ -35,15 +35,31 @@ def learning_rate(step: int, steps: int, *, warmup: float, peak: float, final: f
     return final + (peak - final) * (1 + math.cos(math.pi * done)) / 2
 
 
-def make_optimizer(kind: OptimizerName, groups: list[dict[str, Any]], *, fused: bool) -> Optimizer:
+def make_optimizer(
+    kind: OptimizerName, groups: list[dict[str, Any]], *, fused: bool, recorded: bool = False
+) -> Optimizer:
     """Make the optimizer of a stage.
 
     Args:
         kind: "adamw", or "muon" for `MuonAdamW`.
         groups: parameter groups, each with its learning rate and weight decay.
         fused: whether AdamW is one kernel, as it can be on a GPU.
+        recorded: whether its steps will be a CUDA graph, which reads learning rates from the device.
     """
-    return MuonAdamW(groups, fused=fused) if kind == "muon" else AdamW(groups, betas=BETAS, fused=fused)
+    how = {"fused": fused, "capturable": recorded}
+    if recorded:
+        groups = [{**group, "lr": torch.tensor(group["lr"], device=group["params"][0].device)} for group in groups]
+    return MuonAdamW(groups, **how) if kind == "muon" else AdamW(groups, betas=BETAS, **how)
+
+
+def set_rates(optimizer: Optimizer, step: int, steps: int, warmup: float) -> None:
+    """Set the `learning_rate` of each group, between its "peak" and its "final" one."""
+    for group in optimizer.param_groups:
+        rate = learning_rate(step, steps, warmup=warmup, peak=group["peak"], final=group["final"])
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
 
 
 def moments(kind: OptimizerName, parameters: Iterable[nn.Parameter]) -> int:
@@ -54,19 +70,19 @@ def moments(kind: OptimizerName, parameters: Iterable[nn.Parameter]) -> int:
 class MuonAdamW(Optimizer):
     """Muon for weights of two dimensions and AdamW for all others, as one optimizer; arguments as above."""
 
-    def __init__(self, groups: list[dict[str, Any]], *, fused: bool) -> None:
+    def __init__(self, groups: list[dict[str, Any]], *, fused: bool, capturable: bool) -> None:
         halves = []
         for group in groups:
             split: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
             for parameter in group["params"]:
                 split[parameter.ndim == 2].append(parameter)
             halves += [{**group, "params": half, "muon": bool(i)} for i, half in enumerate(split) if half]
-        super().__init__(halves, {"fused": fused})
+        super().__init__(halves, {"fused": fused, "capturable": capturable})
         self._parts: dict[bool, Optimizer] = {}
         if matrices := self._groups(muon=True):
             self._parts[True] = Muon(matrices)
         if others := self._groups(muon=False):
-            self._parts[False] = AdamW(others, betas=BETAS, fused=fused)
+            self._parts[False] = AdamW(others, betas=BETAS, fused=fused, capturable=capturable)
 
     def _groups(self, *, muon: bool) -> list[dict[str, Any]]:
         return [group for group in self.param_groups if group["muon"] == muon]

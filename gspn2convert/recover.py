@@ -115,13 +115,14 @@ class RecoverStage(Objective):
             terms["mixer"] = torch.stack(differences).mean()
         return terms
 
-    def record(self, images: Tensor) -> None:
+    def record(self, images: Tensor, steps: int) -> None:
         """Record the passes with the mixer term and without it, see `graphs.record`."""
         inputs: list[tuple[Tensor, ...]] = []
         if "mixer" in self.weights(0.0):
             inputs.append((images, tapped_tokens(0.0, self._tokens(images)).to(images.device)))
         inputs.append((images,))
-        self.recorded = record(self.terms, [self.student, self.adapters], inputs)
+        with self.compiled(steps):
+            self.recorded = record(self.terms, [self.student, self.adapters], inputs)
         self.recorded_shape = images.shape
 
     def _tokens(self, images: Tensor) -> int:

@@ -22,8 +22,9 @@ from torch import Tensor
 from gspn2convert.checkpoint import CheckpointStore
 from gspn2convert.errors import UserError
 from gspn2convert.fsdp import part, whole
+from gspn2convert.graphs import RecordedSteps
 from gspn2convert.interrupt import Interrupted, StopWish
-from gspn2convert.optim import Ema, learning_rate, load_optimizer, make_optimizer, optimizer_tensors
+from gspn2convert.optim import Ema, load_optimizer, make_optimizer, optimizer_tensors, set_rates
 from gspn2convert.progress import Progress
 from gspn2convert.recipe import Align, Recover
 from gspn2convert.stage import Objective
@@ -155,12 +156,16 @@ class _Training:
         self.named = [(n, p) for n, p in objective.named_parameters() if p.requires_grad]
         assert {id(p) for _, p in self.named} == {id(p) for p in self.parameters}
         on_gpu = accelerator.device.type == "cuda"
-        optimizer = make_optimizer(spec.optimizer, groups, fused=on_gpu)
-        if on_gpu and not shard:
+        recorded = on_gpu and not shard
+        # An fp16 scaler decides on the host whether a step is taken.
+        steps_recorded = recorded and accelerator.scaler is None
+        optimizer = make_optimizer(spec.optimizer, groups, fused=on_gpu, recorded=steps_recorded)
+        if recorded:
             with accelerator.autocast():
-                objective.record(torch.zeros(shape, device=accelerator.device))
+                objective.record(torch.zeros(shape, device=accelerator.device), spec.steps)
         self.model = objective if shard else accelerator.prepare(objective)
         self.optimizer = accelerator.prepare(optimizer)
+        self.change = RecordedSteps(optimizer) if steps_recorded else self.optimizer.step
         decay = spec.ema if isinstance(spec, Recover) else 0.0
         self.ema = Ema(objective.student, decay) if decay else None
         self.skipped = 0
@@ -209,10 +214,7 @@ class _Training:
 
     def _step(self, step: int, images: Tensor, stop: StopWish) -> tuple[dict[str, float], bool, bool]:
         """One step; its loss terms over all processes, whether any of them wishes to stop, and whether to save."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(
-                step, self.spec.steps, warmup=self.spec.warmup, peak=group["peak"], final=group["final"]
-            )
+        set_rates(self.optimizer, step, self.spec.steps, self.spec.warmup)
         with self.accelerator.autocast():
             terms = self.model(images, step / self.spec.steps)
         self.accelerator.backward(terms["loss"])
@@ -223,7 +225,7 @@ class _Training:
         figures = self._everywhere([*(term.detach() for term in terms.values()), norm, *asked])
         named = dict(zip([*terms, "gradient"], figures, strict=False))
         self._check(step, named)
-        self.optimizer.step()
+        self.change()
         self.optimizer.zero_grad()
         if self.ema is not None:
             self.ema.update(step)

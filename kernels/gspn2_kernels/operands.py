@@ -51,7 +51,13 @@ def check_other(
 
 def autocast_wanted(device_type: str) -> bool:
     """Tell whether autocast is on for a type of device; some types, such as "meta", know no autocast."""
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return _knows_autocast(device_type) and torch.is_autocast_enabled(device_type)
+
+
+# What torch.compile would not look into, by PyTorch 2.11 at least.
+@torch.compiler.assume_constant_result
+def _knows_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
 
 
 def no_autocast(device_type: str) -> AbstractContextManager[None]:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from gspn2convert.cache import ImageCache
 from gspn2convert.data import open_images
+from gspn2convert.graphs import RecordedSteps
 from gspn2convert.model import Gspn2Vit, build_student
 from gspn2convert.optim import Ema, make_optimizer
 from gspn2convert.recipe import Recipe, load_recipe
@@ -56,10 +57,12 @@ class Step:
         self, objective: RecoverStage, student: Gspn2Vit, recipe: Recipe, images: Tensor, accelerator: Accelerator
     ) -> None:
         self.objective, self.accelerator, self.clip = objective, accelerator, recipe.recover.clip
-        optimizer = make_optimizer(recipe.recover.optimizer, objective.groups(recipe.recover), fused=True)
+        spec = recipe.recover
+        optimizer = make_optimizer(spec.optimizer, objective.groups(spec), fused=True, recorded=True)
         with accelerator.autocast():
-            objective.record(images)
+            objective.record(images, spec.steps)
         self.model, self.optimizer = accelerator.prepare(objective, optimizer)
+        self.change = RecordedSteps(optimizer)
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.ema, self.loss = Ema(student, recipe.recover.ema), torch.zeros(())
 
@@ -74,7 +77,7 @@ class Step:
     def update(self) -> None:
         """Clip, step and average."""
         float(self.accelerator.clip_grad_norm_(self.parameters, self.clip))
-        self.optimizer.step()
+        self.change()
         self.optimizer.zero_grad()
         self.ema.update(1000)
 
