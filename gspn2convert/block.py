@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gspn2_kernels import layer_norm, norm_and_sum
-from gspn2_kernels.operands import autocast_wanted, by_triton
+from gspn2_kernels.operands import autocast_wanted, by_triton, exporting
 from gspn2convert.errors import UserError
 from gspn2convert.mixer import Gspn2Mixer
 
@@ -158,4 +158,4 @@ def _altered(part: nn.Module) -> bool:
 
 
 def _recomputes(block: StudentBlock) -> bool:
-    return block.grad_checkpointing and torch.is_grad_enabled() and not torch.compiler.is_exporting()
+    return block.grad_checkpointing and torch.is_grad_enabled() and not exporting()

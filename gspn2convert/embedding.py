@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from gspn2_kernels.operands import by_triton, no_autocast
+from gspn2_kernels.operands import by_triton, exporting, no_autocast
 from gspn2convert.vit import FinalNorm
 
 
@@ -72,7 +72,7 @@ def cubic_weights(new: int, old: int, device: torch.device) -> Tensor:
 
     Pixel centres are aligned as in `interpolate(align_corners=False)`. The sizes may be symbolic.
     """
-    if isinstance(new, int) and isinstance(old, int) and not torch.compiler.is_exporting():
+    if isinstance(new, int) and isinstance(old, int) and not exporting():
         # What PyTorch's own resampling makes of unit vectors: a few launches on a GPU, and not two dozen.
         units = torch.eye(old, device=device, dtype=torch.float32)[None, None]
         return F.interpolate(units, (new, old), mode="bicubic", antialias=True)[0, 0]

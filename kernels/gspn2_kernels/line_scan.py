@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from gspn2_kernels.eager import line_scan_bwd, line_scan_fwd
-from gspn2_kernels.operands import DTYPES, autocast_wanted, register_autocast
+from gspn2_kernels.operands import DTYPES, autocast_wanted, exporting, register_autocast
 from gspn2_kernels.registration import define
 
 _log = logging.getLogger(__name__)
@@ -82,7 +82,7 @@ def line_scan(x: Tensor, lam: Tensor, logits: Tensor, u: Tensor, segment: int = 
     """
     y: Tensor
     # Autocast first: its rule comes back here with tensors of one dtype. An export wants the one plain node.
-    if not autocast_wanted(x.device.type) and not torch.compiler.is_exporting():
+    if not autocast_wanted(x.device.type) and not exporting():
         wanted = torch.is_grad_enabled() and any(t.requires_grad for t in (x, lam, logits, u))
         if wanted and _backend(x.device, x.dtype).training is not None:
             y, _ = torch.ops.gspn2.line_scan_train(x, lam, logits, u, segment)

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from gspn2_kernels.local import convolve
 from gspn2_kernels.norm import STREAM, Normed, check_normed
-from gspn2_kernels.operands import autocast, check_first, check_other, register_autocast
+from gspn2_kernels.operands import autocast, check_first, check_other, exporting, register_autocast
 from gspn2_kernels.registration import define
 
 _SCHEMA = (
@@ -71,7 +71,7 @@ def merge(
     check_other("tokens", "(B, N, C)", a, tuple(stream.shape), y)
     grid, prefix = y.shape[1:3], stream.shape[1] - y.shape[1] * y.shape[2]
     scans, weight = y.flatten(1, 2).flatten(2), divide(weight, lines)
-    if torch.compiler.is_exporting():
+    if exporting():
         out = _one_product(scans, weight, share, values, row)
     else:
         out = F.linear(scans, weight) + row[:, None]

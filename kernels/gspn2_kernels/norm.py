@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gspn2_kernels.operands import by_triton, check_first, check_kernel, check_other, no_autocast
+from gspn2_kernels.operands import by_triton, check_first, check_kernel, check_other, exporting, no_autocast
 from gspn2_kernels.registration import define
 
 # Where ops that norm tokens as they read them take the stream and what norms it, which autocast leaves as they are.
@@ -140,7 +140,7 @@ def _mean(patches: Tensor) -> Tensor:
     with no_autocast(patches.device.type):
         wide = torch.promote_types(patches.dtype, torch.float32)
         count: Any = torch.sym_max(patches.shape[1], 1)
-        if torch.compiler.is_exporting():
+        if exporting():
             # A reduction takes ONNX Runtime ten times as long as this product.
             total = patches.new_full((1, patches.shape[1]), 1 / _PART) @ patches
             return (total.squeeze(1).to(wide) * (_PART / count)).to(patches.dtype)

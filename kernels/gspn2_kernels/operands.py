@@ -16,8 +16,12 @@ DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 def by_triton(t: Tensor) -> bool:
     """Tell whether kernels run on this tensor: not in an export, whose result shall run anywhere."""
-    exporting = torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()
-    return t.is_cuda and t.dtype != torch.float64 and _TRITON and not exporting
+    return t.is_cuda and t.dtype != torch.float64 and _TRITON and not (exporting() or torch.onnx.is_in_onnx_export())
+
+
+def exporting() -> bool:
+    """Tell whether torch.export runs. torch.compile by PyTorch 2.11 has `is_exporting` true as well."""
+    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
 
 
 def check_first(name: str, form: str, t: Tensor) -> None:
