@@ -18,4 +18,5 @@ def test_an_export_is_no_compilation() -> None:
     x = torch.zeros(3)
     assert torch.equal(Answer()(x), x)
     assert torch.equal(torch.compile(Answer(), fullgraph=True, backend="eager")(x), x)
-    assert torch.equal(torch.export.export(Answer(), (x,)).module()(x), x + 1)
+    for strict in (False, True):
+        assert torch.equal(torch.export.export(Answer(), (x,), strict=strict).module()(x), x + 1)
