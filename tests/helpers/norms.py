@@ -6,9 +6,24 @@ from torch import Tensor
 
 from gspn2_kernels import Normed
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS = 1e-6
 NORM = ("stream", "statistics", "norm_weight", "norm_bias")
 """Names of what ops take that norm tokens as they read them, in order."""
+
+
+def draw(
+    shape: tuple[int, int, int], dtype: torch.dtype, device: str = DEVICE, shift: float = 0.5
+) -> tuple[Tensor, Tensor, Tensor, float]:
+    """All that the function takes but the prefix: x with the mean `shift`, a weight around 1, a bias that is not 0."""
+    batch, tokens, channels = shape
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*size: int, mean: float = 0.0) -> Tensor:
+        return (torch.randn(size, generator=generator, dtype=torch.float64) + mean).to(device, dtype)
+
+    x, weight, bias = normal(batch, tokens, channels, mean=shift), normal(channels, mean=1), normal(channels, mean=0.5)
+    return x, weight, bias, EPS
 
 
 def draw_norm(stream: Tensor, seed: int = 1) -> dict[str, Tensor]:

@@ -11,13 +11,12 @@ from gspn2_kernels import Normed
 from gspn2_kernels.norm import layer_norm, norm_and_sum, norm_tokens
 from gspn2_kernels.testing import TOLERANCES, assert_close
 from helpers.layouts import OF_TOKENS
-from helpers.norms import EPS
+from helpers.norms import DEVICE, EPS, draw
 from helpers.norms import normed as reference
 
 pytest.importorskip("triton")
 kernels = pytest.importorskip("gspn2_kernels.triton_norm")
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAMES = ("statistics", "first", "mean")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # A chunk is up to 256 channels of two bytes or 128 of four.
@@ -31,20 +30,6 @@ CASES = [
 SHAPES = pytest.mark.parametrize("shape", [*(case.values[0] for case in CASES), (0, 5, 24), (2, 0, 24)], ids=str)
 SUMS = pytest.mark.parametrize("function", [norm_and_sum, torch.ops.gspn2.norm_and_sum], ids=["function", "op"])
 ROUTES = pytest.mark.parametrize("function", [norm_tokens, torch.ops.gspn2.norm_statistics], ids=["function", "op"])
-
-
-def draw(
-    shape: tuple[int, int, int], dtype: torch.dtype, device: str = DEVICE, shift: float = 0.5
-) -> tuple[Tensor, Tensor, Tensor, float]:
-    """All that the function takes but the prefix: x with the mean `shift`, a weight around 1, a bias that is not 0."""
-    batch, tokens, channels = shape
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*size: int, mean: float = 0.0) -> Tensor:
-        return (torch.randn(size, generator=generator, dtype=torch.float64) + mean).to(device, dtype)
-
-    x, weight, bias = normal(batch, tokens, channels, mean=shift), normal(channels, mean=1), normal(channels, mean=0.5)
-    return x, weight, bias, EPS
 
 
 def of_patches(a: Tensor, prefix: int) -> Tensor:
