@@ -16,6 +16,9 @@ from torch.optim import Optimizer
 
 Pass = Callable[..., dict[str, Tensor]]
 
+# Places of gradients for which there may be a graph: two passes, and what comes before they are at rest.
+MOST = 8
+
 
 class _Pass(nn.Module):
     """A pass as a module of what trains in it, which is what CUDA graphs are made of."""
@@ -60,26 +63,26 @@ def record(run: Pass, trained: Sequence[nn.Module], inputs: Iterable[tuple[Tenso
 def compiled(methods: Iterable[tuple[nn.Module, str]]) -> Iterator[None]:
     """Have methods of modules compiled inside a `with`: what is recorded there runs fewer and longer kernels.
 
-    Afterwards they are what they were, so that nothing else is compiled for its shapes.
+    Afterwards modules have those of their class again, so that nothing else is compiled for its shapes.
     """
     methods = list(methods)
-    for module, name in methods:
-        setattr(module, name, torch.compile(getattr(module, name), dynamic=False))
-    with warnings.catch_warnings():
-        # Advice to those who write kernels.
-        warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\._(inductor|dynamo)")
-        try:
-            yield
-        finally:
-            for module, name in methods:
-                delattr(module, name)
+    # Advice to those who write kernels.
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\._(inductor|dynamo)")
+    try:
+        for module, name in methods:
+            setattr(module, name, torch.compile(getattr(module, name), dynamic=False))
+        yield
+    finally:
+        for module, name in methods:
+            vars(module).pop(name, None)
 
 
 class RecordedSteps:
     """An optimizer's steps on a GPU, replayed from a graph.
 
     A recorded pass leaves its gradients in one place, and other passes in others: there is a graph for each place. The
-    first step from a place is taken as it is, since an optimizer makes its state in it.
+    first step from a place is taken as it is, since an optimizer makes its state in it; and so are those from further
+    places than MOST, which would be of passes that are not recorded.
 
     Args:
         optimizer: with `capturable` steps, its learning rates tensors.
@@ -95,13 +98,14 @@ class RecordedSteps:
         """Change the weights by their gradients."""
         place = tuple(0 if p.grad is None else p.grad.data_ptr() for p in self._parameters)
         if place not in self._graphs:
-            self._graphs[place] = None
+            if len(self._graphs) < MOST:
+                self._graphs[place] = None
             self._optimizer.step()
             return
         graph = self._graphs[place]
         if graph is None:
             self._graphs[place] = graph = torch.cuda.CUDAGraph()
-            # Other threads, of those that read images, may use the device meanwhile.
+            # Other threads, such as NCCL's, may use the device meanwhile.
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 self._optimizer.step()
         graph.replay()

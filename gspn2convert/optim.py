@@ -36,7 +36,7 @@ def learning_rate(step: int, steps: int, *, warmup: float, peak: float, final: f
 
 
 def make_optimizer(
-    kind: OptimizerName, groups: list[dict[str, Any]], *, fused: bool, recorded: bool = False
+    kind: OptimizerName, groups: list[dict[str, Any]], *, fused: bool, capturable: bool = False
 ) -> Optimizer:
     """Make the optimizer of a stage.
 
@@ -44,10 +44,10 @@ def make_optimizer(
         kind: "adamw", or "muon" for `MuonAdamW`.
         groups: parameter groups, each with its learning rate and weight decay.
         fused: whether AdamW is one kernel, as it can be on a GPU.
-        recorded: whether its steps will be a CUDA graph, which reads learning rates from the device.
+        capturable: whether a CUDA graph may be made of its steps, which reads learning rates from the device.
     """
-    how = {"fused": fused, "capturable": recorded}
-    if recorded:
+    how = {"fused": fused, "capturable": capturable}
+    if capturable:
         groups = [{**group, "lr": torch.tensor(group["lr"], device=group["params"][0].device)} for group in groups]
     return MuonAdamW(groups, **how) if kind == "muon" else AdamW(groups, betas=BETAS, **how)
 

@@ -156,16 +156,15 @@ class _Training:
         self.named = [(n, p) for n, p in objective.named_parameters() if p.requires_grad]
         assert {id(p) for _, p in self.named} == {id(p) for p in self.parameters}
         on_gpu = accelerator.device.type == "cuda"
-        recorded = on_gpu and not shard
         # An fp16 scaler decides on the host whether a step is taken.
-        steps_recorded = recorded and accelerator.scaler is None
-        optimizer = make_optimizer(spec.optimizer, groups, fused=on_gpu, recorded=steps_recorded)
-        if recorded:
+        capturable = on_gpu and not shard and accelerator.scaler is None
+        optimizer = make_optimizer(spec.optimizer, groups, fused=on_gpu, capturable=capturable)
+        if on_gpu and not shard:
             with accelerator.autocast():
                 objective.record(torch.zeros(shape, device=accelerator.device), spec.steps)
         self.model = objective if shard else accelerator.prepare(objective)
         self.optimizer = accelerator.prepare(optimizer)
-        self.change = RecordedSteps(optimizer) if steps_recorded else self.optimizer.step
+        self.take_step = RecordedSteps(optimizer) if capturable and objective.recorded else self.optimizer.step
         decay = spec.ema if isinstance(spec, Recover) else 0.0
         self.ema = Ema(objective.student, decay) if decay else None
         self.skipped = 0
@@ -225,7 +224,7 @@ class _Training:
         figures = self._everywhere([*(term.detach() for term in terms.values()), norm, *asked])
         named = dict(zip([*terms, "gradient"], figures, strict=False))
         self._check(step, named)
-        self.change()
+        self.take_step()
         self.optimizer.zero_grad()
         if self.ema is not None:
             self.ema.update(step)

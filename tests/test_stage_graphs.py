@@ -18,6 +18,7 @@ from helpers.stages import IMAGES, LOSSES, deviations, make_recover
 @pytest.mark.parametrize("kept", [(), (2,)], ids=["pure", "hybrid"])
 def test_compiled_parts_give_what_the_pass_gives(make_pair, monkeypatch, kept, cast):
     """And are compiled once for all blocks alike, whatever taps listen to."""
+    pytest.importorskip("triton")
     counter, compile_ = CompileCounterWithBackend("aot_eager"), torch.compile
     monkeypatch.setattr(torch, "compile", lambda call, **how: compile_(call, backend=counter, fullgraph=True, **how))
     stage = make_recover(*make_pair(depth=4, layers=[i for i in range(4) if i not in kept]))
@@ -36,10 +37,22 @@ def test_compiled_parts_give_what_the_pass_gives(make_pair, monkeypatch, kept, c
     assert counter.frame_count == 3 + len(kept)  # norm, mixer, and what follows it; or what follows attention
     for one, other in zip(ours, plain, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 * other.abs().max().item())
+    parts = [part for block in stage.student.blocks for part in (block, block.norm1, block.attn)]
+
+    def changed():
+        return [part for part in parts if {"forward", "finish"} & set(vars(part))]
+
     with stage.compiled(COMPILED - 1):
-        run()
-    run()
-    assert counter.frame_count == 3 + len(kept)
+        assert not changed()
+
+    def fail():
+        with stage.compiled(COMPILED):
+            assert len(changed()) == len(parts) - len(kept)
+            raise RuntimeError("on the way")
+
+    with pytest.raises(RuntimeError, match="on the way"):
+        fail()
+    assert not changed()
 
 
 # In bfloat16 what is compiled rounds elsewhere: the last test is of that.
@@ -117,7 +130,7 @@ def test_recorded_steps_are_those_of_the_optimizer(make_pair, kind):
     plain = copy.deepcopy(recorded)
     spec = Recover(steps=12, batch_size=4, optimizer=kind, lr=1e-3, mixer_lr=1e-2)
     optimizers = [
-        make_optimizer(kind, each.groups(spec), fused=True, recorded=each is recorded) for each in (recorded, plain)
+        make_optimizer(kind, each.groups(spec), fused=True, capturable=each is recorded) for each in (recorded, plain)
     ]
     change = RecordedSteps(optimizers[0])
     recorded.record(IMAGES.cuda(), spec.steps)

@@ -19,8 +19,6 @@ def by_triton(t: Tensor) -> bool:
     return t.is_cuda and t.dtype != torch.float64 and _TRITON and not (exporting() or torch.onnx.is_in_onnx_export())
 
 
-# Asked once, while it traces: in what torch.compile traces itself, by PyTorch 2.11, the answer is always yes.
-@torch.compiler.assume_constant_result
 def exporting() -> bool:
     """Tell whether torch.export runs."""
     return torch.compiler.is_exporting()
@@ -60,10 +58,14 @@ def autocast_wanted(device_type: str) -> bool:
     return _knows_autocast(device_type) and torch.is_autocast_enabled(device_type)
 
 
-# What torch.compile would not look into, by PyTorch 2.11 at least.
-@torch.compiler.assume_constant_result
 def _knows_autocast(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type)
+
+
+# By PyTorch 2.11 torch.compile traces neither: the one it takes for true in any case, the other it does not know. So
+# it is to call them. `torch.compiler.assume_constant_result` says so too, but takes two seconds to import.
+for _called in (exporting, _knows_autocast):
+    setattr(_called, "_dynamo_marked_constant", True)  # noqa: B010  a function knows no such attribute by its type
 
 
 def no_autocast(device_type: str) -> AbstractContextManager[None]:

@@ -58,11 +58,11 @@ class Step:
     ) -> None:
         self.objective, self.accelerator, self.clip = objective, accelerator, recipe.recover.clip
         spec = recipe.recover
-        optimizer = make_optimizer(spec.optimizer, objective.groups(spec), fused=True, recorded=True)
+        optimizer = make_optimizer(spec.optimizer, objective.groups(spec), fused=True, capturable=True)
         with accelerator.autocast():
             objective.record(images, spec.steps)
         self.model, self.optimizer = accelerator.prepare(objective, optimizer)
-        self.change = RecordedSteps(optimizer)
+        self.take_step = RecordedSteps(optimizer)
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.ema, self.loss = Ema(student, recipe.recover.ema), torch.zeros(())
 
@@ -77,7 +77,7 @@ class Step:
     def update(self) -> None:
         """Clip, step and average."""
         float(self.accelerator.clip_grad_norm_(self.parameters, self.clip))
-        self.change()
+        self.take_step()
         self.optimizer.zero_grad()
         self.ema.update(1000)
 
