@@ -107,6 +107,28 @@ def test_adding_to_the_stream_is_the_mixer_and_a_sum(
     assert_close("stream", expected, mixer.add_to(stream, norm, (5, 3), scale), 1e-6)
 
 
+@pytest.mark.parametrize("trained", [False, True], ids=["inference", "training"])
+def test_kernels_compile_as_one_graph(trained: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    for module in ("norm", "gated", "local"):
+        monkeypatch.setattr(importlib.import_module(f"gspn2_kernels.{module}"), "by_triton", lambda _: True)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    mixer, norm = make_mixer().to(device), torch.nn.LayerNorm(DIM, device=device)
+    ops, stream = set(), torch.randn(2, 1 + 15, DIM, device=device) + 0.5
+
+    def run(x: Tensor) -> Tensor:
+        return x + mixer(norm(x), (5, 3)) if trained else mixer.add_to(x, norm, (5, 3), None)
+
+    def traced(graph: torch.fx.GraphModule, _: list[Tensor]) -> torch.fx.GraphModule:
+        ops.update(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph
+
+    with torch.set_grad_enabled(trained):
+        assert_close("stream", run(stream), torch.compile(run, fullgraph=True, backend=traced)(stream), 1e-6)
+    wanted = {"local_perception"} if trained else {"norm_statistics", "gated_scan", "read_prefix", "merge"}
+    assert {f"gspn2.{name}" for name in wanted} <= ops
+
+
 def test_a_narrow_proxy_is_controlled_by_the_tokens() -> None:
     assert make_mixer(proxy_dim=2).from_latent
     assert not make_mixer(proxy_dim=1).from_latent
