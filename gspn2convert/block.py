@@ -44,8 +44,16 @@ class StudentBlock(Block):
     def finish(self, x: Tensor, mixed: Tensor) -> Tensor:
         """Add what was mixed to the tokens it was mixed of, then what the MLP makes of the sum: (B, N, C) all."""
         x = x + self.drop_path1(self.ls1(mixed))
-        out: Tensor = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        return self._with_mlp(x, self.norm2(x))
+
+    def _with_mlp(self, x: Tensor, normed: Tensor) -> Tensor:
+        """Add to tokens what the MLP makes of the normed ones: (B, N, C) all."""
+        out: Tensor = x + self.drop_path2(self.ls2(self.mlp(normed)))
         return out
+
+    def _recomputes(self) -> bool:
+        """Whether a forward pass is to keep nothing but its input."""
+        return self.grad_checkpointing and torch.is_grad_enabled() and not exporting()
 
 
 class KeptBlock(StudentBlock):
@@ -53,7 +61,7 @@ class KeptBlock(StudentBlock):
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Map tokens (B, N, C) to tokens (B, N, C)."""
-        if _recomputes(self):
+        if self._recomputes():
             return checkpoint(self._attend, x, attn_mask, is_causal, use_reentrant=False)
         return self._attend(x, attn_mask, is_causal)
 
@@ -92,7 +100,7 @@ class GspnBlock(StudentBlock):
         grid = None if self.grid is None else self.grid.hw
         if grid is None:
             raise UserError("a GspnBlock was called by itself and knows no grid; call its Gspn2Vit instead")
-        if _recomputes(self):
+        if self._recomputes():
             # The grid goes along, for backward may run after another forward pass, or in another thread.
             return checkpoint(self._mix, x, grid, use_reentrant=False)
         return self._mix(x, grid)
@@ -106,9 +114,7 @@ class GspnBlock(StudentBlock):
             if self._fuses_mlp(x):
                 assert isinstance(self.mlp, Mlp)
                 return add_mlp(x, self.norm2, self.mlp)
-            a = layer_norm(x, self.norm2.weight, self.norm2.bias, self.norm2.eps)
-            out: Tensor = x + self.drop_path2(self.ls2(self.mlp(a)))
-            return out
+            return self._with_mlp(x, layer_norm(x, self.norm2.weight, self.norm2.bias, self.norm2.eps))
         return self.finish(x, self.attn(self.norm1(x), grid))
 
     def _fuses(self) -> bool:
@@ -155,7 +161,3 @@ def add_mlp(x: Tensor, norm: nn.LayerNorm, mlp: Mlp) -> Tensor:
 def _altered(part: nn.Module) -> bool:
     """Whether a module does something else than its class does in inference."""
     return bool(part._forward_hooks or part._forward_pre_hooks or part.training or "forward" in vars(part))
-
-
-def _recomputes(block: StudentBlock) -> bool:
-    return block.grad_checkpointing and torch.is_grad_enabled() and not exporting()

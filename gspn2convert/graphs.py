@@ -66,6 +66,8 @@ def compiled(methods: Iterable[tuple[nn.Module, str]]) -> Iterator[None]:
     Afterwards modules have those of their class again, so that nothing else is compiled for its shapes.
     """
     methods = list(methods)
+    # A function is compiled for a handful of cases only, and those of earlier stages and sizes are over.
+    torch.compiler.reset()
     # Advice to those who write kernels.
     warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\._(inductor|dynamo)")
     try:

@@ -18,7 +18,7 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from gspn2convert.block import Grid, GspnBlock, KeptBlock
+from gspn2convert.block import Grid, GspnBlock, KeptBlock, StudentBlock
 from gspn2convert.embedding import by_products, embed_and_norm_by_kernels
 from gspn2convert.errors import UserError
 from gspn2convert.vit import GSPN2_VIT, base_arguments, check_vit, current_arguments, num_prefix, probe, public_cfg
@@ -61,7 +61,7 @@ class Gspn2Vit(VisionTransformer):
         timm's own flag stays off: its checkpoint would read the grid again in backward, when it is gone.
         """
         for block in self.blocks:
-            assert isinstance(block, GspnBlock | KeptBlock)
+            assert isinstance(block, StudentBlock)
             block.grad_checkpointing = enable
         if hasattr(self.patch_embed, "set_grad_checkpointing"):
             self.patch_embed.set_grad_checkpointing(enable)

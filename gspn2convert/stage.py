@@ -97,10 +97,7 @@ class Objective(nn.Module):
 
     def forget(self) -> None:
         """Free what `record` made."""
-        if self.recorded:
-            self.recorded.clear()
-            # A function is compiled for a handful of cases: the next stage, or size, has all of them before it.
-            torch.compiler.reset()
+        self.recorded.clear()
 
     def shard(self, device: torch.device) -> None:
         """Spread all models over the processes of the run, in place of DDP and for good."""

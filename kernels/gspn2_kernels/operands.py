@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gspn2_kernels.registration import LIBRARY
+from gspn2_kernels.registration import LIBRARY, Function
 
 _TRITON = importlib.util.find_spec("triton") is not None
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -19,6 +19,17 @@ def by_triton(t: Tensor) -> bool:
     return t.is_cuda and t.dtype != torch.float64 and _TRITON and not (exporting() or torch.onnx.is_in_onnx_export())
 
 
+def _called(function: Function) -> Function:
+    """Have torch.compile call a function where it traces, and take the result for a constant.
+
+    PyTorch 2.11 takes `is_exporting` for true where it traces it, and knows no way through `is_autocast_available`.
+    This is all that `torch.compiler.assume_constant_result` does, whose import takes two seconds.
+    """
+    vars(function)["_dynamo_marked_constant"] = True
+    return function
+
+
+@_called
 def exporting() -> bool:
     """Tell whether torch.export runs."""
     return torch.compiler.is_exporting()
@@ -58,14 +69,9 @@ def autocast_wanted(device_type: str) -> bool:
     return _knows_autocast(device_type) and torch.is_autocast_enabled(device_type)
 
 
+@_called
 def _knows_autocast(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type)
-
-
-# By PyTorch 2.11 torch.compile traces neither: the one it takes for true in any case, the other it does not know. So
-# it is to call them. `torch.compiler.assume_constant_result` says so too, but takes two seconds to import.
-for _called in (exporting, _knows_autocast):
-    setattr(_called, "_dynamo_marked_constant", True)  # noqa: B010  a function knows no such attribute by its type
 
 
 def no_autocast(device_type: str) -> AbstractContextManager[None]:
