@@ -24,6 +24,14 @@ def make_mixer(*, has_prefix: bool = True, **options: int | bool | str) -> Gspn2
     return mixer
 
 
+def take_kernels(monkeypatch: pytest.MonkeyPatch, *modules: str) -> str:
+    """Have ops of these modules take their kernels, on a CPU in Triton's interpreter; tell where they run."""
+    pytest.importorskip("triton")
+    for module in modules:
+        monkeypatch.setattr(importlib.import_module(f"gspn2_kernels.{module}"), "by_triton", lambda _: True)
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def reference(mixer: Gspn2Mixer, x: Tensor, grid: tuple[int, int]) -> Tensor:
     """The mixer's formula for patches, one direction after the other."""
     height, width = grid
@@ -91,12 +99,7 @@ def test_adding_to_the_stream_is_the_mixer_and_a_sum(
     by_kernels: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    if by_kernels:
-        pytest.importorskip("triton")
-        # On a CPU they run in Triton's interpreter.
-        for module in ("norm", "gated"):
-            monkeypatch.setattr(importlib.import_module(f"gspn2_kernels.{module}"), "by_triton", lambda _: True)
-    device = "cuda" if by_kernels and torch.cuda.is_available() else "cpu"
+    device = take_kernels(monkeypatch, "norm", "gated") if by_kernels else "cpu"
     mixer = make_mixer(has_prefix=prefix > 0, **options).to(device)
     norm = torch.nn.LayerNorm(DIM, device=device)
     norm.weight.normal_()
@@ -109,10 +112,7 @@ def test_adding_to_the_stream_is_the_mixer_and_a_sum(
 
 @pytest.mark.parametrize("trained", [False, True], ids=["inference", "training"])
 def test_kernels_compile_as_one_graph(trained: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("triton")
-    for module in ("norm", "gated", "local"):
-        monkeypatch.setattr(importlib.import_module(f"gspn2_kernels.{module}"), "by_triton", lambda _: True)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = take_kernels(monkeypatch, "norm", "gated", "local")
     mixer, norm = make_mixer().to(device), torch.nn.LayerNorm(DIM, device=device)
     ops, stream = set(), torch.randn(2, 1 + 15, DIM, device=device) + 0.5
 

@@ -7,9 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from helpers.norms import draw_norm, normed
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+from helpers.norms import DEVICE, draw_norm, normed
 
 
 def draw(shape: tuple[int, ...], dtype: torch.dtype, shift: float = 0.5, size: float = 1.0) -> dict:

@@ -14,8 +14,8 @@ from gspn2_kernels.prefix import read_prefix
 from gspn2_kernels.testing import TOLERANCES, assert_close
 from gspn2convert import prefix as toolkit
 from helpers.layouts import OF_TOKENS
-from helpers.norms import NORM, draw_norm, unwritten
-from helpers.prefix_reads import DEVICE, draw, reference, tokens_of
+from helpers.norms import DEVICE, NORM, draw_norm, unwritten
+from helpers.prefix_reads import draw, reference, tokens_of
 
 pytest.importorskip("triton")
 kernels = pytest.importorskip("gspn2_kernels.triton_prefix")
