@@ -130,7 +130,8 @@ def proxy_projection(scans: Tensor, second: Tensor, gamma: Tensor | None, rank: 
         rank: R.
 
     Returns:
-        (C, R) projection with latents of unit mean square, from the SVD of second^(1/2) [A_1 | .. | A_4] gamma.
+        (C, R) projection from the SVD of second^(1/2) [A_1 | .. | A_4] gamma. With white noise as strong as the
+        patches added to them, latents would have unit mean square.
     """
     channels = second.shape[0]
     maps = scans.view(DIRECTIONS, channels, channels)
@@ -141,7 +142,10 @@ def proxy_projection(scans: Tensor, second: Tensor, gamma: Tensor | None, rank: 
     root = vectors * values.clamp_min(0).sqrt() @ vectors.T
     _, singular, right = torch.linalg.svd(root @ wide, full_matrices=False)
     size = singular[:rank].clamp_min(1e-6 * singular[0] + torch.finfo(singular.dtype).tiny)
-    return wide @ right[:rank].T / size
+    down = wide @ right[:rank].T / size
+    # Without the noise, what patches hardly show, as the direction that a layer norm takes away, would be as large a
+    # latent as any, and the least change of the norm's weights would change all of it.
+    return down / (1 + down.square().sum(0) * second.diagonal().mean()).sqrt()
 
 
 def install(mixer: Gspn2Mixer, solution: Tensor) -> None:

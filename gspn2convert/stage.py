@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 COMPILED = 1000
 
 Terms = dict[str, Tensor]
+Named = list[tuple[str, nn.Parameter]]
 Group = dict[str, Any]  # a parameter group of a torch optimizer, with its "peak" and "final" learning rate
 
 
@@ -136,9 +137,21 @@ class AlignStage(Objective):
                 parameter.requires_grad_(True)
 
     def groups(self, spec: Align) -> list[Group]:
-        """One learning rate for all mixers."""
-        trained = ((name, value) for name, value in self.student.named_parameters() if value.requires_grad)
-        return self.group(trained, spec.lr, spec.final_lr, spec.weight_decay)
+        """One learning rate for all mixers, and a higher one for what makes their scans depend on content.
+
+        These weights start at 0 and are many for each number that they make: at the rate of the others the
+        scans stay nearly those of equal neighbours.
+        """
+        control = {mixer.control.weight for mixer in self.mixers.values()}
+        split: tuple[Named, Named] = ([], [])
+        for name, parameter in self.student.named_parameters():
+            if parameter.requires_grad:
+                split[parameter in control].append((name, parameter))
+        return [
+            group
+            for named, rate in zip(split, (spec.lr, spec.control_lr), strict=True)
+            for group in self.group(named, rate, spec.final_lr, spec.weight_decay)
+        ]
 
     def forward(self, images: Tensor, progress: float) -> Terms:
         """Loss of one batch.

@@ -89,9 +89,22 @@ def test_proxy_projection_finds_the_latent_directions() -> None:
     x = tokens(50, 0).flatten(0, 1).double()
     second = x.T @ x / len(x)
     found = proxy_projection((down @ up).flatten(0, 1), second, None, 3)
-    assert_close("unit mean square", torch.eye(3, dtype=torch.float64), found.T @ second @ found, 1e-8)
+    noise = second.diagonal().mean() * torch.diag(found.square().sum(0))
+    assert_close("unit mean square", torch.eye(3, dtype=torch.float64), found.T @ second @ found + noise, 1e-8)
     inside = found @ torch.linalg.lstsq(found, down).solution
     assert_close("span", down, inside, 1e-8)
+
+
+def test_what_patches_hardly_show_is_no_large_latent() -> None:
+    x = tokens(50, 0).flatten(0, 1).double()
+    x = x - x.mean(1, keepdim=True)  # as a layer norm leaves it, but for rounding
+    second = x.T @ x / len(x) + 1e-9 * torch.eye(DIM)
+    found = proxy_projection(torch.eye(DIM, dtype=torch.float64).repeat(4, 1), second, None, DIM)
+    squares = (found.T @ second @ found).diagonal().sort().values
+    assert squares[0] < 1e-7
+    assert 1e-3 < squares[1] < squares[-1] < 1
+    change = second.diagonal().mean().sqrt() * torch.randn(10000, DIM, dtype=torch.float64)
+    assert (change @ found).square().mean(0).max() < 1.1
 
 
 @pytest.mark.parametrize(
