@@ -137,19 +137,19 @@ class AlignStage(Objective):
                 parameter.requires_grad_(True)
 
     def groups(self, spec: Align) -> list[Group]:
-        """One learning rate for all mixers, and a higher one for what makes their scans depend on content.
+        """One learning rate for all mixers, but for what makes their scans depend on content.
 
-        These weights start at 0 and are many for each number that they make: at the rate of the others the
-        scans stay nearly those of equal neighbours.
+        Those weights start at 0. Adam's steps change each by the rate, whatever its gradient, and so what they make
+        by up to the rate times their inputs: that is what the recipe sets.
         """
-        control = {mixer.control.weight for mixer in self.mixers.values()}
-        split: tuple[Named, Named] = ([], [])
+        control = {mixer.control.weight: spec.control_lr / mixer.control.in_features for mixer in self.mixers.values()}
+        rates: dict[float, Named] = {}
         for name, parameter in self.student.named_parameters():
             if parameter.requires_grad:
-                split[parameter in control].append((name, parameter))
+                rates.setdefault(control.get(parameter, spec.lr), []).append((name, parameter))
         return [
             group
-            for named, rate in zip(split, (spec.lr, spec.control_lr), strict=True)
+            for rate, named in rates.items()
             for group in self.group(named, rate, spec.final_lr, spec.weight_decay)
         ]
 
