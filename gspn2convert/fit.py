@@ -141,11 +141,12 @@ def proxy_projection(scans: Tensor, second: Tensor, gamma: Tensor | None, rank: 
     values, vectors = torch.linalg.eigh(second)
     root = vectors * values.clamp_min(0).sqrt() @ vectors.T
     _, singular, right = torch.linalg.svd(root @ wide, full_matrices=False)
-    size = singular[:rank].clamp_min(1e-6 * singular[0] + torch.finfo(singular.dtype).tiny)
-    down = wide @ right[:rank].T / size
+    columns = wide @ right[:rank].T
     # Without the noise, what patches hardly show, as the direction that a layer norm takes away, would be as large a
-    # latent as any, and the least change of the norm's weights would change all of it.
-    return down / (1 + down.square().sum(0) * second.diagonal().mean()).sqrt()
+    # latent as any. Trained scans would depend on it, and so on the least change of the norm's weights.
+    noise = columns.square().sum(0) * second.diagonal().mean()
+    size = (singular[:rank].square() + noise).sqrt()
+    return columns / size.clamp_min(1e-6 * singular[0] + torch.finfo(singular.dtype).tiny)
 
 
 def install(mixer: Gspn2Mixer, solution: Tensor) -> None:
@@ -170,7 +171,9 @@ def fit_svd(mixer: Gspn2Mixer, attention: Attention, second: Tensor) -> None:
     out = attention.proj.weight.double()
     mapping = (out @ value).T / DIRECTIONS
     down = proxy_projection(mapping.repeat(DIRECTIONS, 1), second, None, mixer.proxy_dim)
-    up = torch.linalg.solve(down.T @ second @ down, down.T @ second @ mapping)
+    gram = down.T @ second @ down
+    floor = 1e-10 * gram.diagonal().mean() * torch.eye(len(gram)).to(gram)  # channels may be dead
+    up = torch.linalg.solve(gram + floor, down.T @ second @ mapping)
     mixer.down.weight.copy_(down.T)
     mixer.proj.weight.copy_(up.T.repeat(1, DIRECTIONS))
     bias = out.new_zeros(out.shape[0])

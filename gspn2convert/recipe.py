@@ -120,7 +120,7 @@ class Align(Part):
     steps: Whole
     batch_size: Count
     lr: Positive = 1.0e-3
-    control_lr: Positive = 1.5
+    control_lr: Positive = 1.6e-2
     final_lr: Weight = 1.0e-5
     warmup: BelowOne = 0.05
     weight_decay: Weight = 0.0
@@ -128,8 +128,8 @@ class Align(Part):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.final_lr > self.lr:
-            raise RecipeError(f"{self.place}.final_lr: expected at most lr {self.lr}, got {self.final_lr}")
+        if self.final_lr > (peak := min(self.lr, self.control_lr)):
+            raise RecipeError(f"{self.place}.final_lr: expected at most {peak}, the lower peak, got {self.final_lr}")
 
 
 @dataclass(frozen=True, kw_only=True)

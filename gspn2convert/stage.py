@@ -137,19 +137,17 @@ class AlignStage(Objective):
                 parameter.requires_grad_(True)
 
     def groups(self, spec: Align) -> list[Group]:
-        """One learning rate for all mixers, but for what makes their scans depend on content.
+        """One learning rate for all mixers, and a higher one for what makes their scans depend on content.
 
-        Those weights start at 0. Adam's steps change each by the rate, whatever its gradient, and so what they make
-        by up to the rate times their inputs: that is what the recipe sets.
+        Those weights start at 0. At the rate of the others they stay so small that neighbours count nearly alike.
         """
-        control = {mixer.control.weight: spec.control_lr / mixer.control.in_features for mixer in self.mixers.values()}
-        rates: dict[float, Named] = {}
+        split: tuple[Named, Named] = ([], [])
         for name, parameter in self.student.named_parameters():
             if parameter.requires_grad:
-                rates.setdefault(control.get(parameter, spec.lr), []).append((name, parameter))
+                split[name.endswith(".control.weight")].append((name, parameter))
         return [
             group
-            for rate, named in rates.items()
+            for named, rate in zip(split, (spec.lr, spec.control_lr), strict=True)
             for group in self.group(named, rate, spec.final_lr, spec.weight_decay)
         ]
 

@@ -249,7 +249,7 @@ class _Training:
         kept = f"{last} is kept" if self.store.stage else "no checkpoint was written yet"
         raise UserError(
             f"{what} became {value} at stage {self.name} step {step + 1}; {kept}; "
-            f"lower the learning rate ({self.spec.place}.lr) or train in fp32, and start again in a new folder"
+            f"lower the learning rates (of {self.spec.place}) or train in fp32, and start again in a new folder"
         )
 
     def _record(

@@ -49,7 +49,7 @@ def test_smallest_recipe_has_the_documented_defaults() -> None:
         ),
         fit=Fit(method="closed_form", images=512, held_out=128, batch_size=32, ridge=0.05, rounds=2),
         align=Align(
-            steps=3, batch_size=4, lr=1e-3, control_lr=1.5, final_lr=1e-5, warmup=0.05, weight_decay=0.0, clip=1.0
+            steps=3, batch_size=4, lr=1e-3, control_lr=1.6e-2, final_lr=1e-5, warmup=0.05, weight_decay=0.0, clip=1.0
         ),
         recover=Recover(
             steps=5,

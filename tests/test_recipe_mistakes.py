@@ -85,7 +85,9 @@ def test_mixer_that_does_not_suit_the_teacher(mixer: Mixer, message: str) -> Non
         ({"size": -1}, "recipe.size: expected an integer of 0 or more, got -1"),
         ({"name": "two\nlines"}, "recipe.name: expected a name of letters"),
         # Between fields
-        ({"align__final_lr": 0.1}, "recipe.align.final_lr: expected at most lr 0.001, got 0.1"),
+        ({"align__final_lr": 0.1}, "recipe.align.final_lr: expected at most 0.001, the lower peak, got 0.1"),
+        ({"align__control_lr": 1.0e-6}, "recipe.align.final_lr: expected at most 1e-06, the lower peak, got 1e-05"),
+        ({"align__control_lr": 0}, "recipe.align.control_lr: expected a number above 0, got 0"),
         ({"recover__losses": dict.fromkeys(["prefix", "patch", "smooth_l1", "mixer", "logits"], 0)},
          "recipe.recover.losses: every weight is 0"),
         ({"curriculum__losses": dict.fromkeys(["prefix", "patch", "smooth_l1", "mixer", "logits"], 0)},

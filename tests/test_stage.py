@@ -9,7 +9,7 @@ from gspn2convert.recover import RecoverStage, tapped_tokens
 from gspn2convert.stage import AlignStage, frozen_tokens
 from helpers.stages import IMAGES, LOSSES, deviations, make_recover
 
-ALIGN = Align(steps=4, batch_size=4, lr=2e-3, control_lr=0.4, weight_decay=0.1)
+ALIGN = Align(steps=4, batch_size=4, lr=2e-3, control_lr=1e-2, weight_decay=0.1)
 RECOVER = Recover(steps=4, batch_size=4, mixer_lr=5e-4, lr=1e-4, final_lr_ratio=0.01, weight_decay=0.02)
 
 
@@ -178,7 +178,7 @@ def test_align_groups(pair):
     found = {names[id(p)]: g for g in stage.groups(ALIGN) for p in g["params"]}
     assert set(found) == set(names.values())
     for name, group in found.items():
-        peak = 0.4 / stage.get_parameter(name).shape[1] if name.endswith(".control.weight") else 2e-3
+        peak = 1e-2 if name.endswith(".control.weight") else 2e-3
         assert (group["lr"], group["peak"], group["final"]) == (peak, peak, 1e-5), name
         assert group["weight_decay"] == (0.0 if stage.get_parameter(name).ndim < 2 else 0.1), name
 

@@ -212,7 +212,9 @@ def main() -> None:
             arguments.row, row = name, ROWS[name]
             recipe = replace(load_recipe(row.recipe or arguments.recipe or SETTINGS[arguments.setting]), seed=seed)
             if row.mixer is not None:
-                recipe = replace(recipe, mixer=load_recipe(row.mixer).mixer)
+                other = load_recipe(row.mixer)
+                align = replace(recipe.align, control_lr=other.align.control_lr)  # which goes with the mixer
+                recipe = replace(recipe, mixer=other.mixer, align=align)
             if arguments.steps is not None:
                 recipe = replace(recipe, recover=replace(recipe.recover, steps=arguments.steps))
             torch.manual_seed(seed)

@@ -31,7 +31,7 @@ def main() -> None:
         low, high = ([end(points[step]) for step in steps] for end in (min, max))
         axes.fill_between(steps, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
     axes.axvline(align_steps, color="0.6", linewidth=1, linestyle=":")
-    axes.set(xlabel="step: stage 1, then stage 2", ylabel="held-out cosine", ylim=(0.8, 0.96), xlim=(0, None))
+    axes.set(xlabel="step: stage 1, then stage 2", ylabel="held-out cosine", ylim=(0.8, 0.98), xlim=(0, None))
     axes.legend(title="start of the mixers", frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(RESULTS / "ridge_curves.svg", metadata={"Date": None})

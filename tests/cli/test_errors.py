@@ -111,7 +111,7 @@ def test_loss_that_becomes_nan_stops_and_keeps_the_checkpoint(place, run):
     (place / "nan.yaml").write_text(RECIPE.replace("align: {steps: 2", "align: {lr: 1.0e+30, steps: 8"))
     result = run("distill --teacher {}/teacher --data {}/data --recipe {}/nan.yaml --output {}/nan")
     assert result.exit_code == 2
-    assert "lower the learning rate (recipe.align.lr)" in the_error(result)
+    assert "lower the learning rates (of recipe.align)" in the_error(result)
     assert [file.name for file in (place / "nan").iterdir()] == ["checkpoint.safetensors"]
 
 
