@@ -137,6 +137,7 @@ TABLES: dict[str, tuple[str, Callable[[Document], list[str]]]] = {
     "dinov2_probes": ("recipes/results/dinov2_small_photos.json", dinov2_probes),
     "fashion_rows": ("recipes/results/fashion_mnist_vit_tiny.json", controls),
     "fashion_control_rows": ("recipes/results/fashion_mnist_controls.json", controls),
+    "demo_rows": ("recipes/results/demo_rows.json", controls),
     "dinov2_rows": ("recipes/results/dinov2_small_photos.json", controls),
     "trial_rows": ("recipes/results/trials.json", controls),
     "dinov2_earlier_rows": ("recipes/results/dinov2_small_earlier.json", controls),
