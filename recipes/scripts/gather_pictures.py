@@ -117,8 +117,10 @@ def read(name: str, packages: Path, clones: Path) -> bytes:
             raise LookupError(f"{name}: no {packages / where}") from error
     repository, digits = where.removeprefix("git:").split("/") if where else (name.split("/")[0], Path(name).stem)
     digits, clone = digits.rpartition("_")[2], clones / repository
-    if not clone.is_dir():
-        raise LookupError(f"{name}: no {clone}")
+    if (clone / ".git").is_dir():  # a clone that is not bare
+        clone = clone / ".git"
+    if not (clone / "HEAD").is_file():
+        raise LookupError(f"{name}: no clone {clone}")
     found = [blob for blob in blobs(clone)[digits[:6]] if blob.startswith(digits)]
     if len(found) != 1:
         raise LookupError(f"{name}: {len(found)} files in {clone} begin with {digits}")
