@@ -25,7 +25,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from make_photos import TEST_EVERY
+from make_photos import TEST_EVERY, on_white
 from PIL import Image, ImageOps
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -44,38 +44,41 @@ def is_source(name: str) -> bool:
     return "+" not in name.partition("/")[0]
 
 
-def shrunk(image: Image.Image, shortest: int) -> Image.Image:
-    """Return an image whose short side has at most so many pixels."""
-    share = shortest / min(image.size)
-    size = round(image.width * share), round(image.height * share)
-    return image.resize(size, Image.Resampling.LANCZOS) if share < 1 else image
+def origin(name: str) -> str:
+    """Return where a picture's file is: a path in the packages, or git:OWNER+NAME/DIGITS, of its name in that clone."""
+    repository, _, path = name.partition("/")
+    where: str = listed("files").get(name, f"git:{repository}/{Path(path).stem.rpartition('_')[2]}")
+    return where
+
+
+def reduced(image: Image.Image, shortest: int) -> tuple[int, int]:
+    """Return the size of an image whose short side has at most so many pixels."""
+    share = min(1.0, shortest / min(image.size))
+    return round(image.width * share), round(image.height * share)
 
 
 def wallpaper(image: Image.Image, draft: int | None) -> Image.Image:
     """Return a picture of the source: on white, without metadata."""
     if draft is not None:
         image.draft("RGB", (draft, draft))
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("RGB")
+    image = on_white(image)
     image.info = {}
-    return shrunk(image, 1000)
+    return image.resize(reduced(image, 1000), Image.Resampling.LANCZOS)
 
 
 def first_photograph(image: Image.Image) -> Image.Image:
     """Return one of the 966 photographs that came first, upright."""
     image.draft("RGB", (1280, 1280))
     image = ImageOps.exif_transpose(image).convert("RGB")
-    share = min(1.0, 640 / min(image.size))
-    image.thumbnail((round(image.width * share), round(image.height * share)), Image.Resampling.LANCZOS)
+    image.thumbnail(reduced(image, 640), Image.Resampling.LANCZOS)
     return image
 
 
 def later_photograph(image: Image.Image) -> Image.Image:
     """Return one of the photographs that came later."""
     image.draft("RGB", (900, 900))
-    return shrunk(image.convert("RGB"), 448)
+    image = image.convert("RGB")
+    return image.resize(reduced(image, 448), Image.Resampling.LANCZOS)
 
 
 def encoded(name: str, raw: bytes) -> bytes:
@@ -109,14 +112,14 @@ def read(name: str, packages: Path, clones: Path) -> bytes:
     Raises:
         LookupError: It is not there.
     """
-    where = listed("files").get(name, "")
-    if where and not where.startswith("git:"):
+    where = origin(name)
+    if not where.startswith("git:"):
         try:
             return (packages / where).read_bytes()
         except OSError as error:
             raise LookupError(f"{name}: no {packages / where}") from error
-    repository, digits = where.removeprefix("git:").split("/") if where else (name.split("/")[0], Path(name).stem)
-    digits, clone = digits.rpartition("_")[2], clones / repository
+    repository, digits = where.removeprefix("git:").split("/")
+    clone = clones / repository
     if (clone / ".git").is_dir():  # a clone that is not bare
         clone = clone / ".git"
     if not (clone / "HEAD").is_file():
@@ -148,11 +151,10 @@ def split_is_as_listed(folder: Path) -> bool:
 
 def print_origins(names: list[str]) -> None:
     """Print the packages, and the repositories with their commits."""
-    files = listed("files")
-    wheres = [files.get(name, f"git:{name}") for name in names]
-    print(*sorted({where.split("/")[0] for where in wheres if not where.startswith("git:")}), sep="\n")
+    folders = sorted({origin(name).split("/")[0] for name in names})
+    print(*(folder for folder in folders if not folder.startswith("git:")), sep="\n")
     commits = {name: each["commit"] for name, each in listed("repositories").items()}
-    for name in sorted({where.removeprefix("git:").split("/")[0] for where in wheres if where.startswith("git:")}):
+    for name in (folder.removeprefix("git:") for folder in folders if folder.startswith("git:")):
         print(name.replace("+", "/"), commits.get(name, "(see recipes/README.md)"))
 
 

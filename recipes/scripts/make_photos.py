@@ -140,14 +140,18 @@ def distinct(pictures: list[Picture], known: list[Picture]) -> list[Picture]:
     return sorted(kept, key=lambda each: each.digest)
 
 
+def on_white(image: Image.Image) -> Image.Image:
+    """Return an image in RGB, on white where it is transparent."""
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
 def write_crops(job: tuple[Picture, Path, int], *, size: int, seed: int) -> None:
     """Write square crops of a picture whose areas are log-uniform from 8 % of the largest square to all of it."""
     picture, folder, crops = job
     rng = random.Random(f"{seed} {picture.digest}")
     with Image.open(picture.path) as file:
-        image = file.convert("RGBA")
-    white = Image.new("RGBA", image.size, "white")
-    image = Image.alpha_composite(white, image).convert("RGB")
+        image = on_white(file)
     for number in range(crops):
         side = round(min(image.size) * math.sqrt(math.exp(rng.uniform(math.log(0.08), 0))))
         left, top = (rng.randint(0, length - side) for length in image.size)
