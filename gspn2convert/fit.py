@@ -146,7 +146,8 @@ def proxy_projection(scans: Tensor, second: Tensor, gamma: Tensor | None, rank: 
     # latent as any. Trained scans would depend on it, and so on the least change of the norm's weights.
     noise = columns.square().sum(0) * second.diagonal().mean()
     size = (singular[:rank].square() + noise).sqrt()
-    return columns / size.clamp_min(1e-6 * singular[0] + torch.finfo(singular.dtype).tiny)
+    latents = columns / size.clamp_min(1e-6 * singular[0] + torch.finfo(singular.dtype).tiny)
+    return latents.where(size > 0, 0.0)  # patches that are all zero
 
 
 def install(mixer: Gspn2Mixer, solution: Tensor) -> None:
@@ -171,9 +172,7 @@ def fit_svd(mixer: Gspn2Mixer, attention: Attention, second: Tensor) -> None:
     out = attention.proj.weight.double()
     mapping = (out @ value).T / DIRECTIONS
     down = proxy_projection(mapping.repeat(DIRECTIONS, 1), second, None, mixer.proxy_dim)
-    gram = down.T @ second @ down
-    floor = 1e-10 * gram.diagonal().mean() * torch.eye(len(gram)).to(gram)  # channels may be dead
-    up = torch.linalg.solve(gram + floor, down.T @ second @ mapping)
+    up = ridge_solve(down.T @ second @ down, down.T @ second @ mapping, 0.0)
     mixer.down.weight.copy_(down.T)
     mixer.proj.weight.copy_(up.T.repeat(1, DIRECTIONS))
     bias = out.new_zeros(out.shape[0])

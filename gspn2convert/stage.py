@@ -38,7 +38,6 @@ logger = logging.getLogger(__name__)
 COMPILED = 1000
 
 Terms = dict[str, Tensor]
-Named = list[tuple[str, nn.Parameter]]
 Group = dict[str, Any]  # a parameter group of a torch optimizer, with its "peak" and "final" learning rate
 
 
@@ -141,15 +140,11 @@ class AlignStage(Objective):
 
         Those weights start at 0. At the rate of the others they stay so small that neighbours count nearly alike.
         """
-        split: tuple[Named, Named] = ([], [])
-        for name, parameter in self.student.named_parameters():
-            if parameter.requires_grad:
-                split[name.endswith(".control.weight")].append((name, parameter))
-        return [
-            group
-            for named, rate in zip(split, (spec.lr, spec.control_lr), strict=True)
-            for group in self.group(named, rate, spec.final_lr, spec.weight_decay)
-        ]
+        named = [(name, value) for name, value in self.student.named_parameters() if value.requires_grad]
+        control = [(name, value) for name, value in named if name.endswith(".control.weight")]
+        others = [(name, value) for name, value in named if not name.endswith(".control.weight")]
+        final, decay = spec.final_lr, spec.weight_decay
+        return [*self.group(others, spec.lr, final, decay), *self.group(control, spec.control_lr, final, decay)]
 
     def forward(self, images: Tensor, progress: float) -> Terms:
         """Loss of one batch.

@@ -162,3 +162,12 @@ def test_svd_initialisation_is_the_value_projection_of_the_mean_line() -> None:
     mean = scan_features(x.unflatten(1, GRID), 0).unflatten(-1, (4, DIM)).mean(2)
     value = mean @ attention.qkv.weight[2 * DIM :].T + attention.qkv.bias[2 * DIM :]
     assert_close("svd", attention.proj(value), mixer(x, GRID), 1e-5)
+
+
+def test_svd_initialisation_on_patches_that_are_all_zero() -> None:
+    mixer, attention = make_mixer(0, lpu=False, global_branch=False), make_mixer(1).prefix
+    assert attention is not None
+    fit_svd(mixer, attention, torch.zeros(DIM, DIM, dtype=torch.float64))
+    x = torch.zeros(2, GRID[0] * GRID[1], DIM)
+    value = attention.proj(x @ attention.qkv.weight[2 * DIM :].T + attention.qkv.bias[2 * DIM :])
+    assert_close("a constant", value, mixer(x, GRID), 1e-5)
