@@ -1,7 +1,6 @@
 """Strict reading of YAML into frozen dataclasses: every mistake is a `RecipeError` that names its place."""
 
 import difflib
-import math
 import re
 import reprlib
 from collections.abc import Callable
@@ -22,6 +21,7 @@ _TYPE_NAMES = {int: "an integer", float: "a number", bool: "true or false", str:
 Hint: TypeAlias = Any
 
 _EXPONENT = re.compile(r"([-+]?\d+)(\.\d*)?[eE]([-+]?)(\d+)")
+_LARGEST = 3.4e38  # what float32, in which models and optimizers compute, can hold
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def _has_type(value: object, hint: Hint) -> bool:
             items = (items[0],) * len(value)
         return isinstance(value, tuple) and len(value) == len(items) and all(map(_has_type, value, items))
     if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST
     return isinstance(value, hint) and not (hint is int and isinstance(value, bool))
 
 
@@ -157,6 +157,8 @@ def _advice(value: object, hint: Hint) -> str:
         whole, fraction, sign, exponent = match.groups()
         fraction = fraction if fraction and fraction != "." else ".0"
         return f", which YAML reads as text; write {whole}{fraction}e{sign or '+'}{exponent}"
+    if hint is float and isinstance(value, int | float) and abs(value) > _LARGEST:
+        return f"; float32 ends at {_LARGEST}"
     return ""
 
 

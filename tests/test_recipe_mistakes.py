@@ -57,6 +57,8 @@ def test_mixer_that_does_not_suit_the_teacher(mixer: Mixer, message: str) -> Non
         ({"augment__scale": [0.5]}, "recipe.augment.scale: expected [low, high]"),
         ({"align__lr": float("nan")}, "recipe.align.lr: expected a number above 0, got nan"),
         ({"fit__ridge": float("inf")}, "recipe.fit.ridge: expected a number of 0 or more, got inf"),
+        ({"align__lr": 1.0e300}, "recipe.align.lr: expected a number above 0, got 1e+300; float32 ends at 3.4e+38"),
+        ({"align__lr": 2**4000}, "recipe.align.lr: expected a number above 0, got a huge integer; float32 ends at"),
         # Ranges
         ({"align__steps": -1}, "recipe.align.steps: expected an integer of 0 or more, got -1"),
         ({"align__batch_size": 0}, "recipe.align.batch_size: expected an integer of 1 or more, got 0"),
