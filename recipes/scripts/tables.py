@@ -101,6 +101,15 @@ def controls(found: Document) -> list[str]:
     return grid(("row, seed", "top-1", "class cosine", "patch cosine", "10 neighbours", "minutes"), rows)
 
 
+def self_agreement(found: Document) -> list[str]:
+    """What a teacher keeps of its own neighbours."""
+    rows = [
+        (name, f"{row['prefix_cosine']['mean']:.3f}", f"{row['neighbour_agreement']:.3f}")
+        for name, row in found["changes"].items()
+    ]
+    return grid((f"`{found['teacher']}` itself, {found['images']} images", "class cosine", "10 neighbours"), rows)
+
+
 def throughput(found: Document) -> list[str]:
     """Speed of stage 2 on one GPU, and on two where that was measured, and the parts of its step."""
     one = found["1"]
@@ -141,6 +150,7 @@ TABLES: dict[str, tuple[str, Callable[[Document], list[str]]]] = {
     "dinov2_rows": ("recipes/results/dinov2_small_photos.json", controls),
     "trial_rows": ("recipes/results/trials.json", controls),
     "dinov2_earlier_rows": ("recipes/results/dinov2_small_earlier.json", controls),
+    "self_agreement": ("recipes/results/self_agreement.json", self_agreement),
     "throughput": ("recipes/results/throughput.json", throughput),
     "throughput_earlier": ("recipes/results/throughput_earlier.json", throughput),
     "costs": ("recipes/results/costs.json", costs),

@@ -1,0 +1,91 @@
+"""Measure how many of its nearest images a teacher itself keeps when the images change a little.
+
+    python recipes/scripts/self_agreement.py --teacher dinov2_small --data PHOTOS \
+        --output recipes/results/self_agreement.json
+
+A student that keeps as many is as near to its teacher as the teacher is to itself. Figures are as `gspn2convert
+evaluate` makes them, on the test split; PHOTOS is what make_photos.py wrote.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from accuracy import made_by
+from torch import Tensor
+
+from gspn2convert.artifact import write_atomic
+from gspn2convert.data import batches, open_images
+from gspn2convert.evaluate import image_features
+from gspn2convert.probes import TokenCosines, neighbour_agreement
+from gspn2convert.teachers import load_teacher
+from gspn2convert.vit import data_config, final_tokens, num_prefix
+
+NOISE = 0.1  # in deviations of the teacher's normalisation: of DINOv2's about 6 of 255 grey levels
+
+
+def shifted(images: Tensor, pixels: int) -> Tensor:
+    """Move images (B, C, H, W) down and to the right; what leaves the picture is lost, the edge is repeated."""
+    return F.pad(images, (pixels, 0, pixels, 0), mode="replicate")[..., : images.shape[-2], : images.shape[-1]]
+
+
+def resampled(images: Tensor) -> Tensor:
+    """Make images (B, C, H, W) a tenth smaller and as large as they were."""
+    small = F.interpolate(images, scale_factor=0.9, mode="bicubic", antialias=True)
+    return F.interpolate(small, size=images.shape[-2:], mode="bicubic")
+
+
+def noisy(images: Tensor) -> Tensor:
+    """Add noise to images (B, C, H, W), the same to each batch."""
+    return images + NOISE * torch.randn(images.shape, generator=torch.Generator().manual_seed(0)).to(images.device)
+
+
+CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
+    "a tenth smaller and back": resampled,
+    "noise of 6 in 255 grey levels": noisy,
+    "moved by one pixel down and to the right": lambda images: shifted(images, 1),
+    "moved by four pixels": lambda images: shifted(images, 4),
+    "mirrored": lambda images: images.flip(-1),
+}
+
+
+def main() -> None:
+    """Measure and write."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--teacher", required=True, help="as for gspn2convert distill")
+    parser.add_argument("--teacher-weights", type=Path, help="as for gspn2convert distill")
+    parser.add_argument("--data", required=True, help="as for gspn2convert distill")
+    parser.add_argument("--size", type=int, default=224, help="of the images in pixels [%(default)s]")
+    parser.add_argument("--workers", type=int, default=0, help="processes that read images [%(default)s]")
+    parser.add_argument("--commit", help="of the source, for a copy without its git history; default: ask git")
+    parser.add_argument("--output", type=Path, required=True, help="results file to write")
+    arguments = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    teacher = load_teacher(arguments.teacher, weights=arguments.teacher_weights, img_size=arguments.size)
+    teacher = teacher.to(device).eval()
+    images = open_images(arguments.data, "test", in_chans=teacher.patch_embed.proj.in_channels)
+    cosines = {name: TokenCosines(num_prefix(teacher)) for name in CHANGES}
+    features: dict[str, list[Tensor]] = {name: [] for name in ("as it is", *CHANGES)}
+    config, every = data_config(teacher), range(len(images))
+    how = {"batch_size": 64, "augment": None, "seed": 0, "workers": arguments.workers}
+    with torch.inference_mode():
+        for pixels, _ in batches(images, config, indices=every, **how):
+            plain = final_tokens(teacher, pixels.to(device))
+            features["as it is"].append(image_features(teacher, plain))
+            for name, change in CHANGES.items():
+                tokens = final_tokens(teacher, change(pixels.to(device)))
+                features[name].append(image_features(teacher, tokens))
+                cosines[name].add(tokens, plain)
+    vectors = {name: torch.cat(each) for name, each in features.items()}
+    agreement = {name: neighbour_agreement(vectors[name], vectors["as it is"]) for name in CHANGES}
+    rows = {name: {"neighbour_agreement": agreement[name], **cosines[name].summary()} for name in CHANGES}
+    found = {"teacher": arguments.teacher, "images": len(images), "changes": rows, **made_by(arguments.commit, device)}
+    write_atomic(arguments.output, (json.dumps(found, indent=1) + "\n").encode())
+    print({name: round(row, 3) for name, row in agreement.items()})
+
+
+if __name__ == "__main__":
+    main()
