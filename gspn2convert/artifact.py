@@ -20,7 +20,7 @@ from gspn2convert.block import GspnBlock
 from gspn2convert.errors import UserError
 from gspn2convert.model import Gspn2Vit
 from gspn2convert.vit import GSPN2_VIT, current_arguments, public_cfg
-from gspn2convert.weights import WEIGHTS_FILE, check_match, folder_weights, read_shapes
+from gspn2convert.weights import WEIGHTS_FILE, check_finite, check_match, folder_weights, read_shapes
 
 _PART = re.compile(r"\..+\.part")  # name of a file on its way
 
@@ -155,9 +155,20 @@ def load(folder: str | Path, **kwargs: Any) -> Gspn2Vit:
     if architecture != GSPN2_VIT:
         raise UserError(f"{folder} holds a {architecture}, which is not converted; run gspn2convert distill on it")
     weights = folder_weights(folder)
-    saved = timm.create_model(GSPN2_VIT, pretrained_cfg=cfg, **arguments, device="meta")
+    try:
+        saved = timm.create_model(GSPN2_VIT, pretrained_cfg=cfg, **arguments, device="meta")
+    except UserError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{folder / 'config.json'} describes no model ({error!r}); convert the teacher again"
+        ) from error
     check_match(weights, read_shapes(weights), {name: tuple(v.shape) for name, v in saved.state_dict().items()})
-    return cast(Gspn2Vit, timm.create_model(f"local-dir:{folder}", pretrained=True, **kwargs).eval())
+    if cfg.get("num_classes", saved.num_classes) != saved.num_classes:
+        raise UserError(f"{folder / 'config.json'} has two numbers of classes; convert the teacher again")
+    model = cast(Gspn2Vit, timm.create_model(f"local-dir:{folder}", pretrained=True, **kwargs).eval())
+    check_finite(weights, model)
+    return model
 
 
 def fingerprint(model: VisionTransformer, *, without: str = "") -> str:

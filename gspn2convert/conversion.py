@@ -16,7 +16,7 @@ from timm.models import VisionTransformer
 from gspn2convert.checkpoint import CheckpointStore
 from gspn2convert.convert import LayerReport, convert
 from gspn2convert.cost import count_parameters
-from gspn2convert.curriculum import CURRICULUM, ReducedStage, guide_of, trained
+from gspn2convert.curriculum import CURRICULUM, ReducedStage, guide_of, stages_run, trained
 from gspn2convert.data import ImageSet, split_images
 from gspn2convert.environment import environment
 from gspn2convert.evaluate import class_of_label, evaluate
@@ -143,7 +143,7 @@ class Conversion:
             "recipe": self.recipe.name,
             "data": public_name(self.images.name),
             "seed": self.recipe.seed,
-            "stages_run": [stage for stage in self.options.stages if stage < 3 or self.recipe.curriculum.sizes],
+            "stages_run": stages_run(self.recipe, self.options.stages),
             "kept_layers": kept_blocks(student),
             **chosen,
             "parameters": {"teacher": count_parameters(self.teacher), "student": count_parameters(student)},

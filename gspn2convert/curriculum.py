@@ -106,6 +106,11 @@ def check_sizes(teacher: VisionTransformer, recipe: Recipe, stages: Sequence[int
             grid_size(teacher, size, size)
 
 
+def stages_run(recipe: Recipe, stages: Sequence[int]) -> list[int]:
+    """Which of the stages run: the third only where the recipe names sizes."""
+    return [stage for stage in stages if stage < 3 or recipe.curriculum.sizes]
+
+
 def trained(recipe: Recipe, stages: Sequence[int]) -> Iterator[tuple[str, Align | Recover, int]]:
     """Stages that train: name, what is done, and the size of stage 3, 0 before it."""
     if 1 in stages:

@@ -237,5 +237,6 @@ def load(views: Views, order: Iterable[Keys] | Iterable[Rows], workers: int) -> 
 
 
 def _leave_interrupts_to_the_parent(worker: int) -> None:
-    """Ignore Ctrl-C in a worker: the terminal sends it to all processes, and the parent ends its workers."""
+    """Ignore Ctrl-C and a first SIGTERM in a worker: both may be sent to all processes, and the parent ends its own."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL) and None)

@@ -13,9 +13,10 @@ from timm.models import VisionTransformer
 from gspn2convert.artifact import check_output_folder, fingerprint, holds_files, origin, save_student
 from gspn2convert.checkpoint import CheckpointStore
 from gspn2convert.conversion import Conversion, Options, public_name
-from gspn2convert.curriculum import check_sizes, teacher_size, trained
+from gspn2convert.curriculum import check_sizes, stages_run, teacher_size, trained
 from gspn2convert.data import ImageSet, open_images, own_share
 from gspn2convert.errors import UserError
+from gspn2convert.evaluate import class_of_label
 from gspn2convert.given import check_origin, load_given, recipe_of
 from gspn2convert.keep import Auto, read_keep
 from gspn2convert.mixing import check_pairs
@@ -65,6 +66,8 @@ def distill(
     kept = () if given is not None else read_keep(recipe.keep if keep is None else keep, len(vit.blocks))
     channels = vit.patch_embed.proj.in_channels
     images, test = (open_images(data, split, in_chans=channels) for split in ("train", "test"))
+    if images.stream is None and class_of_label(vit, test.label_names) is not None and images.same_as(test):
+        logger.warning("data %s has no test split: top-1 will be that of images which are trained on", data)
     return distill_student(vit, recipe, images, test, options, teacher_name=teacher, keep=kept, given=given)
 
 
@@ -110,9 +113,9 @@ def distill_student(
     _check_processes(recipe, options, accelerator.num_processes)
     blocks = str(keep) if isinstance(keep, Auto) else ",".join(map(str, keep))
     what = {"teacher": teacher_name, "data": images.name, "keep": blocks}
-    identity = what | _identity(teacher, recipe, options, given)
+    identity = what | _identity(teacher, recipe, options, given) | {"list of images": images.digest()}
     store = CheckpointStore(options.output, identity, main=accelerator.is_main_process)
-    if options.resume and not store.load() and (done := _finished(options.output, teacher_name, images.name)):
+    if options.resume and not store.load() and (done := _finished(options, what, recipe)):
         return done
     with Progress(quiet=options.quiet or not accelerator.is_main_process) as progress:
         given = None if given is None else given.to(accelerator.device)
@@ -173,19 +176,29 @@ def _identity(teacher: VisionTransformer, recipe: Recipe, options: Options, give
     }
 
 
-def _finished(folder: Path, teacher: str, data: str) -> dict[str, Any] | None:
+def _finished(options: Options, asked: dict[str, str], recipe: Recipe) -> dict[str, Any] | None:
     """The metrics of a run that has ended, None in an empty folder; one of something else must not be written to."""
+    folder = options.output
     if not holds_files(folder):
         logger.warning("nothing to resume in %s, starting from the beginning", folder)
         return None
     if not all((folder / name).is_file() for name in ("config.json", "metrics.json", "recipe.yaml")):
         raise UserError(f"{folder} holds files, but no run to resume; name the folder of the run, or a new one")
-    metrics: dict[str, Any] = json.loads((folder / "metrics.json").read_text())
-    for what, asked in (("teacher", public_name(teacher)), ("data", public_name(data))):
-        if metrics[what] != asked:
-            raise UserError(
-                f"{folder} is finished, with {what} {metrics[what]} and not {asked}; name another folder, and to go on "
-                f"from this one --student {folder}"
-            )
+    try:
+        metrics: dict[str, Any] = json.loads((folder / "metrics.json").read_text())
+        had = {name: metrics[name] for name in ("teacher", "data")}
+        had["keep"] = metrics.get("selection", {}).get("keep", ",".join(map(str, metrics["kept_layers"])))
+        had["stages"] = ",".join(map(str, metrics["stages_run"]))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{folder / 'metrics.json'} is damaged ({error!r}); name another folder") from error
+    wanted = {name: public_name(asked[name]) for name in ("teacher", "data")} | {"keep": asked["keep"]}
+    wanted["stages"] = ",".join(map(str, stages_run(recipe, options.stages)))
+    same_recipe = (folder / "recipe.yaml").read_text() == dump_recipe(recipe)
+    other = [f"{name} {had[name]} and not {want}" for name, want in wanted.items() if had[name] != want]
+    if other or not same_recipe:
+        raise UserError(
+            f"{folder} is finished, with {other[0] if other else 'another recipe'}; name another folder, and to go on "
+            f"from this one --student {folder}"
+        )
     logger.warning("%s is finished already, nothing to resume; to go on from it: --student %s", folder, folder)
     return metrics

@@ -36,7 +36,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 PARITY = {"fp32": 1e-4, "fp16": 5e-3}
 
 
-class ParityError(RuntimeError):
+class ParityError(UserError):
     """The exported file does not compute what the model computes; no file is left."""
 
 
@@ -180,7 +180,7 @@ def _metadata(model: VisionTransformer, sizes: Sizes, dtype: str) -> dict[str, s
     }
     values = {
         "input_size": [sizes.channels, *sizes.native],
-        "size_multiple": list(sizes.patch) if sizes.dynamic else None,
+        "size_multiple": list(sizes.patch) if sizes.dynamic and not model.patch_embed.dynamic_img_pad else None,
         "mean": config["mean"],
         "std": config["std"],
         "crop_pct": config["crop_pct"],

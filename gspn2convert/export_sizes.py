@@ -19,6 +19,7 @@ class Sizes:
         patch: of a patch.
         channels: of the images.
         dynamic: whether height and width may change.
+        padded: whether the model fills images up to whole patches itself.
         batch: images, where their number is fixed, as height and width then are.
     """
 
@@ -26,6 +27,7 @@ class Sizes:
     patch: tuple[int, int]
     channels: int
     dynamic: bool
+    padded: bool = False
     batch: int | None = None
 
     def free(self) -> dict[int, str]:
@@ -51,7 +53,8 @@ class Sizes:
         shapes = [(1, self.channels, height, width), (3, self.channels, height, width)]
         if self.dynamic:
             columns = width // self.patch[1]
-            shapes.append((2, self.channels, height, (columns + max(1, 3 * columns // 8)) * self.patch[1]))
+            wide = (columns + max(1, 3 * columns // 8)) * self.patch[1]
+            shapes.append((2, self.channels, height, wide - (1 if self.padded else 0)))
         return shapes
 
 
@@ -74,6 +77,7 @@ def free_sizes(model: VisionTransformer, size: tuple[int, int] | None) -> Sizes:
         patch=model.patch_embed.patch_size,
         channels=channels,
         dynamic=not cfg["fixed_input_size"],
+        padded=model.patch_embed.dynamic_img_pad,
     )
 
 

@@ -30,7 +30,12 @@ def load_given(folder: Path, teacher: VisionTransformer, keep: str | None) -> Gs
     """
     if keep is not None:
         raise UserError("--keep and --student exclude each other: the student's own blocks keep their attention")
-    given = load(folder, img_size=tuple(teacher.patch_embed.img_size))
+    size = tuple(teacher.patch_embed.img_size)
+    given = load(folder, img_size=size)
+    own = tuple(json.loads((folder / "config.json").read_text())["pretrained_cfg"]["input_size"][1:])
+    if own != size:
+        sizes = ("x".join(map(str, each)) for each in (own, size))
+        logger.warning("%s is of images of %s px and goes on at %s; --img-size keeps another size", folder, *sizes)
     plain = {name: value.shape for name, value in teacher.state_dict().items() if ".attn." not in name}
     theirs = {name: value.shape for name, value in given.state_dict().items() if ".attn." not in name}
     if plain != theirs:
@@ -39,12 +44,13 @@ def load_given(folder: Path, teacher: VisionTransformer, keep: str | None) -> Gs
     return given
 
 
-def check_origin(folder: Path, teacher: VisionTransformer) -> None:
+def check_origin(folder: Path, teacher: VisionTransformer, remedy: str = "name that one") -> None:
     """Make sure that a student came from this teacher; of one that does not tell, warn.
 
     Args:
-        folder: what `load_given` took.
+        folder: what `distill` wrote.
         teacher: with its weights; at any image size.
+        remedy: what the user can do.
 
     Raises:
         UserError: its teacher had other weights.
@@ -55,7 +61,7 @@ def check_origin(folder: Path, teacher: VisionTransformer) -> None:
         logger.warning("%s does not tell the weights of its teacher (%s): make sure that they are these", folder, name)
     elif weights != origin(teacher):
         raise UserError(
-            f"{folder} is no student of this teacher: it came from {name}, which had other weights; name that one"
+            f"{folder} is no student of this teacher: it came from {name}, which had other weights; {remedy}"
         )
 
 

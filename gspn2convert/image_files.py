@@ -6,9 +6,7 @@ from pathlib import Path
 from PIL import Image
 
 from gspn2convert.errors import UserError
-from gspn2convert.images import ImageSet, open_images
-
-SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+from gspn2convert.images import SUFFIXES, ImageSet, open_images
 
 
 class FileSource:

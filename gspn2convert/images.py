@@ -3,6 +3,7 @@
 timm's readers list and open the files; unlike timm's dataset this set never replaces an image on its own.
 """
 
+import hashlib
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, BinaryIO, Protocol, TypeVar
 import numpy as np
 from PIL import Image
 from timm.data import create_dataset
+from timm.data.readers import create_reader
 
 from gspn2convert.demo_data import DemoSource
 from gspn2convert.errors import UserError
@@ -21,6 +23,7 @@ from gspn2convert.stream import Row, Stream
 from gspn2convert.tally import Tally
 
 _KINDS = "a folder of images, a .tar file, demo, torch/NAME:ROOT, wds/NAME:ROOT, hfds/NAME or hfids/NAME"
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")  # of image files in folders
 T = TypeVar("T")
 
 _MODES = {1: "L", 3: "RGB"}
@@ -91,6 +94,14 @@ class ImageSet:
             return _in_mode(image, _MODES[self.in_chans]), label
         except Exception as error:  # Pillow's decoders raise whatever a broken file drives them into
             raise UnreadableImage(f"{self.where(index)}: {error}") from error
+
+    def digest(self) -> str:
+        """SHA-256 of the names of all images in their order, in hexadecimal; of a stream, of what it is called."""
+        digest = hashlib.sha256()
+        names = [self.name] if self.stream is not None else map(self.where, range(len(self)))
+        for name in names:
+            digest.update(f"{name}\n".encode())
+        return digest.hexdigest()
 
     def same_as(self, other: "ImageSet") -> bool:
         """Whether two sets are one: as many images, and alike pixel by pixel in eight places all over them."""
@@ -201,26 +212,27 @@ class _TorchvisionSource:
 
 def _files(path: Path, split: str) -> Source:
     """Open a folder or tar file with timm's readers."""
-    options: dict[str, Any] = {}
-    if path.is_dir():
-        path = _split_folder(path, split)
-    elif path.suffix == ".tar":
+    packed = path.suffix == ".tar" and not path.is_dir()
+    if packed:
         # Open tar files cannot be shared by worker processes, and timm would pickle its index next to a large one.
-        options = {"cache_tarfiles": False, "cache_tarinfo": False}
+        options: dict[str, Any] = {"cache_tarfiles": False, "cache_tarinfo": False}
+    elif path.is_dir():
+        path, options = _split_folder(path, split), {"input_key": ";".join(SUFFIXES)}
     else:
         raise UserError(f"data {str(path)!r} is a file of another kind; expected {_KINDS}")
     try:
-        if options:
+        if packed:
             with tarfile.open(path, "r:", tarinfo=Member) as tar:
                 tar.getmembers()  # timm's reader would take what there is of a tar file that breaks off
-        reader = create_dataset("", root=str(path), split=split, search_split=False, **options).reader
+        reader = create_reader("", root=str(path), split=split, **options)
     except tarfile.TarError as error:
         raise UserError(f"data {str(path)!r}: no complete tar file ({error}); fetch it again") from error
     except (RuntimeError, ValueError) as error:
         # What timm raises where it finds no image, in a folder and in a tar file.
         hint = "; name one of its .tar files" if path.is_dir() and any(path.glob("*.tar")) else ""
-        raise UserError(f"data {str(path)!r}: no .jpg, .jpeg or .png images in it{hint}") from error
-    classes = reader.class_name_to_idx if options else reader.class_to_idx
+        kinds = ".jpg, .jpeg or .png" if packed else ", ".join(SUFFIXES)
+        raise UserError(f"data {str(path)!r}: no {kinds} images in it{hint}") from error
+    classes = reader.class_name_to_idx if packed else reader.class_to_idx
     return _ReaderSource(reader, list(classes) if len(classes) > 1 else None)
 
 

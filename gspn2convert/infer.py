@@ -3,7 +3,6 @@
 Shape letters: B batch, C channels, H W image size, M images, L classes.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -41,7 +40,7 @@ def data_config(
         UserError: neither the file nor an argument says it, or an argument does not fit the file.
     """
     channels, *fixed = session.input_size
-    said = _read_json(session, "input_size")
+    said = session.value("input_size")
     height, width = size or (said[1:] if said else fixed)
     if height is None or width is None:
         raise UserError(f"{session.path}: the file does not say which image size it is for; give --size HxW")
@@ -56,14 +55,14 @@ def data_config(
         "mean": _per_channel(session, "mean", mean),
         "std": _per_channel(session, "std", std),
         "interpolation": session.metadata.get("interpolation", "bicubic"),
-        "crop_pct": _read_json(session, "crop_pct") or 1.0,
+        "crop_pct": session.value("crop_pct") or 1.0,
         "crop_mode": session.metadata.get("crop_mode", "center"),
     }
 
 
 def label_names(session: OnnxSession, classes: int) -> list[str]:
     """Return the classes' names, their numbers where the file does not name them."""
-    found = _read_json(session, "label_names")
+    found = session.value("label_names")
     return found if found and len(found) == classes else [str(index) for index in range(classes)]
 
 
@@ -147,14 +146,13 @@ def _first_output(session: OnnxSession, pixels: np.ndarray) -> np.ndarray:
 
 def _per_channel(session: OnnxSession, name: str, given: Sequence[float] | None) -> tuple[float, ...]:
     channels = session.input_size[0]
-    found = given or _read_json(session, name)
+    found = given or session.value(name)
     if not found:
         raise UserError(f"{session.path}: the file does not say how its images are normalised; give --mean and --std")
     if given and len(found) not in (1, channels):
         raise UserError(f"--{name} with {len(found)} values: {session.path.name} takes images of {channels} channels")
+    if name == "std" and min(found) <= 0:
+        raise UserError(
+            f"{'--std' if given else session.path} has a standard deviation of {min(found)}; give one above 0"
+        )
     return tuple(found) * channels if len(found) == 1 else tuple(found)
-
-
-def _read_json(session: OnnxSession, name: str) -> Any:  # noqa: ANN401
-    """Read a value of the metadata, None where the file has none."""
-    return json.loads(session.metadata.get(name, "null"))

@@ -45,6 +45,9 @@ class Gspn2Mixer(nn.Module):
         global_branch: linear map of the mean patch and the first prefix token, added to every patch.
         prefix: "exact" reads the prefix tokens with the teacher's attention, "pool" with uniform weights.
         prefix_gate: whether patches read the prefix tokens.
+
+    Raises:
+        ValueError: of `prefix` or `segment`.
     """
 
     def __init__(
@@ -63,6 +66,8 @@ class Gspn2Mixer(nn.Module):
         super().__init__()
         weight = attention.qkv.weight
         dim, device, dtype = weight.shape[1], weight.device, weight.dtype
+        if prefix not in ("exact", "pool") or not isinstance(segment, int) or segment < 0:
+            raise ValueError(f"prefix {prefix!r}, segment {segment!r}: expected exact or pool, and 0 or more lines")
         self.proxy_dim, self.groups, self.segment = proxy_dim, groups, segment
         self.down = nn.Linear(dim, proxy_dim, bias=False, device=device, dtype=dtype)
         # Predicting from a wide latent costs R (8R + 12) instead of C (8R + 12); a narrow one knows too little.
@@ -187,4 +192,11 @@ class Gspn2Mixer(nn.Module):
 
     def _lines(self, grid: tuple[int, int]) -> list[Any]:
         """How many lines a scan adds up, along the columns and along the rows; symbolic in an export for any size."""
-        return [torch.sym_min(self.segment, size) if self.segment else size for size in grid]
+        if not self.segment:
+            return list(grid)
+        # torch.jit.trace has sizes that are tensors.
+        sizes: list[Any] = list(grid)
+        return [
+            size.clamp(max=self.segment) if isinstance(size, Tensor) else torch.sym_min(self.segment, size)
+            for size in sizes
+        ]

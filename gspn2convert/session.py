@@ -125,10 +125,23 @@ class OnnxSession:
         if not np.issubdtype(images.dtype, np.floating):
             raise UserError(f"images of type {images.dtype}: {self.path.name} takes normalised floating-point images")
 
+    def value(self, name: str) -> Any:  # noqa: ANN401
+        """Read a value of the metadata, None where the file has none.
+
+        Raises:
+            UserError: it is no JSON.
+        """
+        try:
+            return json.loads(self.metadata.get(name, "null"))
+        except ValueError as error:
+            raise UserError(
+                f"{self.path}: its metadata {name!r} is damaged ({error}); export the model again"
+            ) from error
+
     @property
     def size_multiple(self) -> tuple[int, int]:
         """Height and width come in multiples of this."""
-        found = json.loads(self.metadata.get("size_multiple", "null"))
+        found = self.value("size_multiple")
         return (int(found[0]), int(found[1])) if found else (1, 1)
 
 

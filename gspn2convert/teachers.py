@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import timm
-import torch
 from safetensors import SafetensorError
 from timm.models import (
     filter_pretrained_cfg,
@@ -22,7 +21,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from gspn2convert.errors import UserError
 from gspn2convert.vit import GSPN2_VIT, check_vit, native_shapes, probe
-from gspn2convert.weights import WEIGHTS_FILE, check_match, folder_weights, hub_file, read_shapes
+from gspn2convert.weights import WEIGHTS_FILE, check_finite, check_match, folder_weights, hub_file, read_shapes
 
 logger = logging.getLogger(__name__)
 
@@ -205,9 +204,7 @@ def _create(source: _Source, pretrained: bool, overlay: dict[str, Any], argument
     except (OSError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{source.name} does not take the weights {overlay.get('file')}: {error}") from error
     vit = check_vit(model).eval()
-    broken = [name for name, value in vit.named_parameters() if not torch.isfinite(value).all()]
-    if broken:
-        raise UserError(f"{broken[0]} in {overlay['file']} holds NaN or infinity; copy or download the file again")
+    check_finite(overlay.get("file", source.name), vit)
     cfg = filter_pretrained_cfg(vit.pretrained_cfg, remove_source=True)
     cfg["input_size"] = (vit.patch_embed.proj.in_channels, *vit.patch_embed.img_size)
     # timm records the arguments itself since 1.0.31.

@@ -6,9 +6,11 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.utils import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors import SafetensorError, safe_open
+from torch import nn
 
 from gspn2convert.errors import UserError
 
@@ -62,6 +64,17 @@ def check_match(path: Path, found: Mapping[str, tuple[int, ...]], expected: Mapp
     if faults:
         more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
         raise UserError(f"{path} holds weights of another model: {', '.join(faults[:3])}{more}; give matching weights")
+
+
+def check_finite(path: str | Path, model: nn.Module) -> None:
+    """Check that weights are numbers.
+
+    Raises:
+        UserError: one of them is NaN or infinite.
+    """
+    broken = [name for name, value in model.named_parameters() if not torch.isfinite(value).all()]
+    if broken:
+        raise UserError(f"{broken[0]} in {path} holds NaN or infinity; copy or download the file again")
 
 
 def folder_weights(folder: Path) -> Path:

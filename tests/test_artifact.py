@@ -205,9 +205,36 @@ def change_weights(folder):
     save_file(state, folder / "model.safetensors")
 
 
+def break_weights(folder):
+    state = load_file(folder / "model.safetensors")
+    state["norm.bias"][3] = torch.nan
+    save_file(state, folder / "model.safetensors")
+
+
+def set_value(*keys, value):
+    def damage(folder):
+        config = json.loads((folder / "config.json").read_text())
+        part = config
+        for key in keys[:-1]:
+            part = part[key]
+        part[keys[-1]] = value
+        (folder / "config.json").write_text(json.dumps(config))
+
+    return damage
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
+        (break_weights, "norm.bias in .*model.safetensors holds NaN or infinity"),
+        (set_value("model_args", "gspn_layers", value=5), "describes no model .*; convert the teacher again"),
+        (set_value("model_args", "mixer", value=[1]), "describes no model"),
+        (set_value("model_args", "mixer", "proxy_dim", value="12"), "describes no model"),
+        (set_value("model_args", "mixer", "segment", value=-1), "describes no model .*prefix 'exact', segment -1"),
+        (set_value("model_args", "mixer", "prefix", value="foo"), "describes no model .*prefix 'foo'"),
+        (set_value("model_args", "base", value=5), "describes no model"),
+        (set_value("model_args", "patch_size", value=0), "config.json"),
+        (set_value("num_classes", value=12), "two numbers of classes"),
         (drop("config.json"), "has no config.json; give a folder that gspn2convert distill wrote"),
         (drop("model.safetensors"), "has no model.safetensors"),
         (write("config.json", '{"architecture": '), "cannot be read"),

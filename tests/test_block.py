@@ -106,3 +106,14 @@ def test_hooks_and_adapters_within_a_mixer_count_in_inference(tiny_teacher) -> N
     assert not torch.allclose(adapted, plain)
     with torch.enable_grad():
         torch.testing.assert_close(adapted, model(images).detach())
+
+
+@pytest.mark.parametrize("segment", [0, 3])
+@pytest.mark.parametrize("gradients", [False, True])
+def test_a_trace_gives_the_same_with_and_without_gradients(make_teacher, segment: int, gradients: bool) -> None:
+    teacher = make_teacher()
+    model = build_student(teacher, [0, 1], {"proxy_dim": 6, "segment": segment})
+    x = torch.randn(2, 3, *teacher.patch_embed.img_size)
+    with torch.set_grad_enabled(gradients):
+        traced = torch.jit.trace(model, x[:1], check_trace=False)
+        torch.testing.assert_close(traced(x), model(x))

@@ -86,8 +86,8 @@ def test_mistakes_in_the_name_are_told_in_one_line(tmp_path: Path) -> None:
     said = {
         f"wds/pets:{tmp_path / 'words'}": "x.tar: a .cls file holds no whole number",
         f"wds/pets:{tmp_path / 'numbers'}": "no images in the shards",
-        str(empty): "no .jpg, .jpeg or .png images in it$",
-        str(texts): "no .jpg, .jpeg or .png images in it$",
+        str(empty): "no .bmp, .gif, .jpeg, .jpg, .png, .tif, .tiff, .webp images in it$",
+        str(texts): "no .bmp, .gif, .jpeg, .jpg, .png, .tif, .tiff, .webp images in it$",
         str(tars): "name one of its .tar files",
         str(tmp_path / "no_images.tar"): "no .jpg, .jpeg or .png images in it$",
         str(tmp_path / "cut.tar"): "no complete tar file",

@@ -50,6 +50,19 @@ def test_subfolders_are_the_labels_and_serve_both_splits(make_folder: MakeFolder
         assert_pictures(images, [3, 0, 1, 2])
 
 
+def test_all_kinds_of_files_are_read_from_folders(tmp_path: Path) -> None:
+    kinds = ("bmp", "gif", "jpeg", "jpg", "png", "tif", "tiff", "webp", "WEBP")
+    for number, kind in enumerate(kinds):
+        picture(number).save(tmp_path / f"{number}.{kind}")
+    (tmp_path / "notes.txt").write_text("no image")
+    images = open_images(str(tmp_path), "train")
+    assert [Path(images.where(index)).name for index in range(len(images))] == [
+        f"{number}.{kind}" for number, kind in enumerate(kinds)
+    ]
+    for exact in (0, 4, 5, 6):
+        np.testing.assert_array_equal(pixels_of(images)[exact], np.asarray(picture(exact)))
+
+
 @pytest.mark.parametrize("test_name", ["test", "val", "validation"])
 def test_split_folders_are_kept_apart(make_folder: MakeFolder, test_name: str) -> None:
     folder = str(make_folder(names=["train/a/0.png", "train/b/0.png", f"{test_name}/a/0.png", f"{test_name}/b/0.png"]))

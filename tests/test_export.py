@@ -25,6 +25,7 @@ from gspn2convert.export import ParityError, export_onnx, export_safetensors
 from gspn2convert.mixer import Gspn2Mixer
 from gspn2convert.model import Gspn2Vit, build_student
 from gspn2convert.onnx_function import ADD_NORM, DOMAIN, NAME
+from gspn2convert.session import onnx_session
 from helpers.onnx_runs import run_evaluator, run_onnxruntime
 
 
@@ -113,6 +114,9 @@ def test_images_that_the_model_pads(make_student: Callable[..., Gspn2Vit], tmp_p
     check_file(
         tmp_path / "student.onnx", student, [(2, 3, 37, 51)] if static else [(1, 3, 33, 18), (2, 3, 40, 41)], 1e-5
     )
+    images = torch.randn(2, 3, 37, 51)
+    outputs = onnx_session(tmp_path / "student.onnx", library=False).run(images.numpy())
+    assert_close("session", student(images).detach(), torch.from_numpy(outputs), 1e-5)
 
 
 def test_a_padding_model_with_registers_needs_one_size(make_student: Callable[..., Gspn2Vit], tmp_path: Path) -> None:

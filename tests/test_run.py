@@ -123,6 +123,19 @@ def test_file_that_says_nothing_needs_flags(classifier, photos, silent, run_cli)
     assert {guess["label"] for guess in found["results"][0]["guesses"]} == set("01234")
 
 
+def test_bad_normalisation_is_told(classifier, photos, run_cli, tmp_path):
+    line = ["--no-library", "--images", photos / "a.PNG", "--json"]
+    told = json.loads(run_cli("run", classifier.path, *line, "--std", "0").stdout)["error"]
+    assert told == "--std has a standard deviation of 0.0; give one above 0"
+    assert "'nan': expected numbers such as 0.5" in run_cli("run", classifier.path, *line, "--std", "nan").output
+    model = onnx.load(classifier.path)
+    next(entry for entry in model.metadata_props if entry.key == "mean").value = "[0.5,"
+    onnx.save(model, tmp_path / "damaged.onnx")
+    told = json.loads(run_cli("run", tmp_path / "damaged.onnx", *line).stdout)["error"]
+    assert "its metadata 'mean' is damaged" in told
+    assert told.endswith("export the model again")
+
+
 def test_demo_images_need_no_files(classifier, run_cli):
     result = run_cli("run", classifier.path, "--images", "demo", "--limit", 2, "--top", 1, "--json")
     assert [one["image"] for one in json.loads(result.stdout)["results"]] == ["demo image 0", "demo image 1"]

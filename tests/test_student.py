@@ -268,3 +268,11 @@ def test_an_output_below_a_file_is_refused_at_once(run, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"out cannot be made: .*file is no folder that can be written to$"):
         run("file/out", stages=(0,))
+
+
+def test_a_student_that_goes_on_at_another_size_is_told(run, tmp_path, caplog):
+    run("fit", stages=(0,))
+    run("climbed", stages=(3,), student=tmp_path / "fit")
+    assert "goes on at" not in caplog.text
+    run("on", stages=(1,), student=tmp_path / "climbed")
+    assert "climbed is of images of 48x48 px and goes on at 32x48; --img-size keeps another size" in caplog.text

@@ -50,10 +50,20 @@ def command(model: str, size: options.Size | None) -> dict[str, Any]:
     converted = is_student(folder)
     vit = load(folder) if converted else load_teacher(model, pretrained=False)
     counted = cost(vit, *(size or vit.patch_embed.img_size))
-    fitted = metrics_of(folder).get("layers", []) if converted else []
     figures = plain(counted)
     # A block that was fitted and then got its attention back has no error any longer.
     mixers = {site["layer"] for site in figures["sites"] if site["kind"] == "gspn2"}
-    errors = {layer["layer"]: layer["errors"][layer["method"]] for layer in fitted if layer["layer"] in mixers}
-    layers = [site | {"error": errors.get(site["layer"])} for site in figures.pop("sites")]
+    errors = _fit_errors(folder) if converted else {}
+    layers = [
+        site | {"error": errors.get(site["layer"]) if site["layer"] in mixers else None}
+        for site in figures.pop("sites")
+    ]
     return {"model": model, "kind": "converted" if converted else "teacher", "cost": figures, "layers": layers}
+
+
+def _fit_errors(folder: Path) -> dict[int, float]:
+    """Errors of stage 0 by block; none where metrics.json, which a model does without, does not tell them."""
+    try:
+        return {layer["layer"]: layer["errors"][layer["method"]] for layer in metrics_of(folder)["layers"]}
+    except (KeyError, TypeError):
+        return {}

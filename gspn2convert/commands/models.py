@@ -30,7 +30,8 @@ def teacher_name(folder: Path) -> str:
     Raises:
         UserError: if it names none.
     """
-    name = _read_json(folder / "config.json").get("gspn2", {}).get("teacher")
+    written = _read_json(folder / "config.json").get("gspn2")
+    name = written.get("teacher") if isinstance(written, dict) else None
     if not isinstance(name, str):
         raise UserError(f"{folder}: config.json names no teacher; name one on the command line")
     return name
@@ -49,17 +50,21 @@ def load_rival(
         pretrained: False builds the architecture alone, and downloads nothing.
 
     Raises:
-        UserError: if it cannot be loaded.
+        UserError: if it cannot be loaded, or has other weights than the one that the folder names.
     """
+    from gspn2convert.given import check_origin
     from gspn2convert.teachers import load_teacher
 
     own = teacher_name(folder) if name is None else name
     size = student.patch_embed.img_size
     try:
-        return load_teacher(own, weights=weights, img_size=size, pretrained=pretrained)
+        rival = load_teacher(own, weights=weights, img_size=size, pretrained=pretrained)
     except UserError as error:
         hint = f" ({folder} says that it came from this teacher; say on the command line where it is)"
         raise UserError(f"{error}{'' if name else hint}") from error
+    if name is None and pretrained:
+        check_origin(folder, rival, f"give its own by --teacher-weights, or compare with these by --teacher {own}")
+    return rival
 
 
 def _read_json(path: Path) -> dict[str, Any]:

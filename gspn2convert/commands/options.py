@@ -1,5 +1,6 @@
 """Options that several commands have, and how their values are read."""
 
+import math
 from pathlib import Path
 
 import click
@@ -39,7 +40,10 @@ def read_numbers(context: click.Context, parameter: click.Parameter, value: Valu
     if value is None:
         return None
     try:
-        return tuple(float(part) for part in value.split(","))
+        numbers = tuple(float(part) for part in value.split(","))
+        if all(map(math.isfinite, numbers)):
+            return numbers
+        raise ValueError
     except ValueError:
         raise click.BadParameter(f"{value!r}: expected numbers such as 0.5 or 0.485,0.456,0.406") from None
 

@@ -139,7 +139,9 @@ def _mean(patches: Tensor) -> Tensor:
     """Compute the mean (B, C) of patches (B, M, C), rounded once."""
     with no_autocast(patches.device.type):
         wide = torch.promote_types(patches.dtype, torch.float32)
-        count: Any = torch.sym_max(patches.shape[1], 1)
+        count: Any = patches.shape[1]
+        # torch.jit.trace has sizes that are tensors.
+        count = count.clamp(min=1) if isinstance(count, Tensor) else torch.sym_max(count, 1)
         if exporting():
             # A reduction takes ONNX Runtime ten times as long as this product.
             total = patches.new_full((1, patches.shape[1]), 1 / _PART) @ patches

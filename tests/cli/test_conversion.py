@@ -2,14 +2,16 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
 import onnx
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from gspn2convert.checkpoint import FILE_NAME
 from helpers.command_line import PROGRAM
 
 
@@ -46,6 +48,27 @@ def test_distill_shows_the_blocks_that_were_chosen(place, run):
     layers = json.loads(run("describe {}/auto --json").stdout)["layers"]
     assert [layer["error"] is None for layer in layers] == [layer["layer"] in found["kept"] for layer in layers]
     assert "1 of 2 blocks keep attention, chosen automatically" in run(f"{line} --dry-run").stdout
+
+
+def test_sigterm_to_the_whole_group_saves_though_workers_get_it_too(place, tmp_path):
+    recipe = (place / "tiny.yaml").read_text().replace("align: {steps: 2,", "align: {steps: 5000,")
+    (tmp_path / "long.yaml").write_text(recipe)
+    line = f"distill --teacher {place}/teacher --data {place}/data --recipe {tmp_path}/long.yaml --device cpu"
+    process = subprocess.Popen(
+        [*PROGRAM, *line.split(), "--workers", "2", "--output", tmp_path / "out"],
+        start_new_session=True,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    for shown in process.stderr:
+        if shown.startswith("align"):
+            break
+    os.killpg(process.pid, signal.SIGTERM)
+    _, rest = process.communicate(timeout=300)
+    assert process.returncode == 1, rest
+    assert "stopped in stage align after" in rest
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [FILE_NAME]
 
 
 def test_of_two_processes_one_tells_what_both_do_and_both_warn(place, tmp_path):
@@ -87,6 +110,25 @@ def test_evaluate_agrees_with_what_distill_measured(run, converted):
     alone = run("evaluate {}/student --data {}/data --teacher none").stdout
     assert "teacher" not in alone
     assert f"{100 * found['top1']:.2f} %" in alone
+
+
+@pytest.mark.usefixtures("converted")
+def test_evaluate_refuses_another_teacher_of_the_same_name(place, run, tmp_path, monkeypatch):
+    (tmp_path / "teacher").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "teacher" / name).write_bytes((place / "teacher" / name).read_bytes())
+    monkeypatch.chdir(tmp_path)
+    line = "evaluate {}/student --data {}/data --device cpu --json"
+    own = json.loads(run(line).stdout)
+    weights = load_file("teacher/model.safetensors")
+    weights["norm.bias"] += 1.0
+    save_file(weights, "teacher/model.safetensors")
+    result = run(line)
+    assert result.exit_code == 2
+    told = "it came from teacher, which had other weights; give its own by --teacher-weights, or compare with these by"
+    assert told in json.loads(result.stdout)["error"]
+    other = json.loads(run(f"{line} --teacher {tmp_path}/teacher").stdout)
+    assert other["patch_cosine"]["mean"] < own["patch_cosine"]["mean"] - 0.01
 
 
 @pytest.mark.usefixtures("converted")

@@ -39,7 +39,7 @@ DISTILL = "distill --teacher {}/teacher --data {}/data --recipe {}/tiny.yaml --o
         (DISTILL + "--teacher-weights {}/half.safetensors", "half.safetensors"),
         (DISTILL + "--teacher-weights {}/pickle.safetensors", "pickle"),
         (DISTILL + "--teacher-weights {}/none.safetensors", "none.safetensors' does not exist"),
-        (DISTILL + "--data {}/empty", "no .jpg, .jpeg or .png images in it"),
+        (DISTILL + "--data {}/empty", "no .bmp, .gif, .jpeg, .jpg, .png, .tif, .tiff, .webp images in it"),
         (DISTILL + "--data {}/nowhere", "no such file or folder"),
         (DISTILL + "--data {}/broken", "broken"),
         (DISTILL + "--recipe nope", "unknown recipe 'nope'"),

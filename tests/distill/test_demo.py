@@ -152,7 +152,11 @@ def test_keeping_every_block_leaves_nothing_to_do(run, tmp_path):
 
 @pytest.mark.parametrize(
     ("data", "message"),
-    [("empty", "no .jpg, .jpeg or .png images in it"), ("nowhere", "no such file or folder"), ("one", "at least 2")],
+    [
+        ("empty", "no .bmp, .gif, .jpeg, .jpg, .png, .tif, .tiff, .webp images"),
+        ("nowhere", "no such file or folder"),
+        ("one", "at least 2"),
+    ],
 )
 def test_data_that_are_no_good(tmp_path, data, message):
     (tmp_path / "empty").mkdir()

@@ -60,6 +60,23 @@ def test_a_finished_run_of_something_else_is_not_taken_for_what_is_asked(run, te
     assert snapshot(tmp_path / "out") == before
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"recipe": RECIPE + "seed: 1"}, "another recipe"),
+        ({"keep": (0,)}, "keep  and not 0"),
+        ({"stages": (0, 1)}, "stages 0 and not 0,1"),
+    ],
+    ids=("recipe", "keep", "stages"),
+)
+def test_a_finished_run_by_another_recipe_is_not_taken_for_it(run, tmp_path, change, words):
+    run(stages=(0,))
+    before = snapshot(tmp_path / "out")
+    with pytest.raises(UserError, match=f"is finished, with {words}; name another folder"):
+        run(**{"stages": (0,), "resume": True, **change})
+    assert snapshot(tmp_path / "out") == before
+
+
 @pytest.fixture
 def stopped(run, tmp_path):
     """The folder of a run that SIGTERM stopped in align."""
@@ -144,3 +161,21 @@ def test_a_loss_that_becomes_nan_ends_the_command_and_keeps_the_checkpoint(run_c
     weights = load_file(tmp_path / "out" / FILE_NAME)
     assert weights
     assert all(torch.isfinite(value).all() for value in weights.values())
+
+
+def test_a_stopped_run_does_not_go_on_when_an_image_has_gone(run, stopped):
+    before = snapshot(stopped)
+    pictures = Pictures()
+    names = pictures.where
+    pictures.where = lambda index: "renamed" if index == 3 else names(index)
+    with pytest.raises(UserError, match="started with another list of images; resume with what it was started with"):
+        run(resume=True, pictures=pictures)
+    assert snapshot(stopped) == before
+
+
+def test_damaged_metrics_of_a_finished_run_are_told(run, tmp_path):
+    run(stages=(0,))
+    for text in ("", '{"a": 1}', "[]"):
+        (tmp_path / "out" / "metrics.json").write_text(text)
+        with pytest.raises(UserError, match="metrics.json is damaged .*; name another folder"):
+            run(stages=(0,), resume=True)
