@@ -11,6 +11,7 @@ import itertools
 import logging
 import signal
 from collections.abc import Iterable, Iterator, Sequence
+from types import FrameType
 from typing import Any, cast
 
 import torch
@@ -239,4 +240,8 @@ def load(views: Views, order: Iterable[Keys] | Iterable[Rows], workers: int) -> 
 def _leave_interrupts_to_the_parent(worker: int) -> None:
     """Ignore Ctrl-C and a first SIGTERM in a worker: both may be sent to all processes, and the parent ends its own."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL) and None)
+    signal.signal(signal.SIGTERM, _hear_the_next)
+
+
+def _hear_the_next(number: int, frame: FrameType | None) -> None:
+    signal.signal(number, signal.SIG_DFL)

@@ -96,12 +96,14 @@ class ImageSet:
             raise UnreadableImage(f"{self.where(index)}: {error}") from error
 
     def digest(self) -> str:
-        """SHA-256 of the names of all images in their order, in hexadecimal; of a stream, of what it is called."""
-        digest = hashlib.sha256()
-        names = [self.name] if self.stream is not None else map(self.where, range(len(self)))
-        for name in names:
-            digest.update(f"{name}\n".encode())
-        return digest.hexdigest()
+        """SHA-256, in hexadecimal, of their number and of names from all over them; of a stream, of what it is called.
+
+        Not of all names, for which some data sets decode the image.
+        """
+        facts = [self.name]
+        if self.stream is None:
+            facts = [str(len(self)), *(self.where(index) for index in spread(range(len(self)), 256))]
+        return hashlib.sha256("\n".join(facts).encode()).hexdigest()
 
     def same_as(self, other: "ImageSet") -> bool:
         """Whether two sets are one: as many images, and alike pixel by pixel in eight places all over them."""
