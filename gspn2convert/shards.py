@@ -8,6 +8,7 @@ runs are then the same as for every other source, and the `webdataset` package i
 import io
 import json
 import logging
+import re
 import tarfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -81,7 +82,10 @@ class ShardSource:
 
 
 def _shards_of(root: Path, split: str) -> list[Path]:
-    """Return the split's tar files: those that `_info.json` lists, or those whose names hold the split's name."""
+    """Return the split's tar files: those that `_info.json` lists, or those whose names hold the split's name.
+
+    As a word of its own where it is one, for `latest-train-000.tar` is no test.
+    """
     if not root.is_dir():
         raise UserError(f"data {root}: no such folder; wds/NAME:ROOT needs the local folder that holds the shards")
     for info in (root / "_info.json", root / "info.json"):
@@ -90,8 +94,14 @@ def _shards_of(root: Path, split: str) -> list[Path]:
     tars = sorted(root.glob("*.tar"))
     if not tars:
         raise UserError(f"data {root}: no .tar files in it; expected the shards of a WebDataset")
-    named = {key: [tar for tar in tars if any(name in tar.name for name in SPLIT_NAMES[key])] for key in SPLIT_NAMES}
-    return named[split] if all(named.values()) else tars
+    for words in ([set(re.split("[^a-z]+", tar.name.lower())) for tar in tars], [tar.name for tar in tars]):
+        named = {
+            key: [tar for tar, held in zip(tars, words, strict=True) if any(name in held for name in names)]
+            for key, names in SPLIT_NAMES.items()
+        }
+        if all(named.values()):
+            return named[split]
+    return tars
 
 
 def _listed(info: Path, split: str) -> list[Path]:

@@ -108,6 +108,15 @@ def test_webdataset_shards(tmp_path: Path) -> None:
     assert labels_of(test) == [-1]
 
 
+@pytest.mark.parametrize("names", [("latest-train-0", "latest-val-0"), ("trainset", "testset")], ids=lambda n: n[0])
+def test_shards_of_a_name_that_holds_another_split(tmp_path: Path, names: tuple[str, str]) -> None:
+    for number, name in enumerate(names):
+        with tarfile.open(tmp_path / f"{name}.tar", "w") as tar:
+            add(tar, "x.png", png(number))
+    assert_pictures(open_images(f"wds/mine:{tmp_path}", "train"), [0])
+    assert_pictures(open_images(f"wds/mine:{tmp_path}", "test"), [1])
+
+
 def test_shards_listed_in_a_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for name, number in (("a.tar", 1), ("b.tar", 2)):
         with tarfile.open(tmp_path / name, "w") as tar:
