@@ -244,4 +244,5 @@ def _leave_interrupts_to_the_parent(worker: int) -> None:
 
 
 def _hear_the_next(number: int, frame: FrameType | None) -> None:
+    # A second one is the parent's, for a worker that hangs.
     signal.signal(number, signal.SIG_DFL)

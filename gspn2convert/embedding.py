@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from gspn2_kernels.operands import by_triton, exporting, no_autocast
+from gspn2_kernels.operands import at_least, by_triton, exporting, no_autocast
 from gspn2convert.vit import FinalNorm
 
 
@@ -79,8 +79,7 @@ def cubic_weights(new: int, old: int, device: torch.device) -> Tensor:
     centres = torch.arange(new, device=device, dtype=torch.float32) + 0.5
     sources = torch.arange(old, device=device, dtype=torch.float32) + 0.5
     ratio: Any = old / new
-    # torch.jit.trace has sizes that are tensors.
-    scale: Any = ratio.clamp(min=1.0) if isinstance(ratio, Tensor) else torch.sym_max(ratio, 1.0)
+    scale = at_least(ratio, 1.0)
     distance = (sources - (ratio * centres).unsqueeze(1)).abs() / scale
     # Twice Keys' kernel with a = -1/2, which PyTorch and Pillow take when antialiasing: a cubic that ends at a distance
     # of 2 and one that ends at 1. Few operations, for on a GPU each is a launch.

@@ -180,7 +180,7 @@ def _metadata(model: VisionTransformer, sizes: Sizes, dtype: str) -> dict[str, s
     }
     values = {
         "input_size": [sizes.channels, *sizes.native],
-        "size_multiple": list(sizes.patch) if sizes.dynamic and not model.patch_embed.dynamic_img_pad else None,
+        "size_multiple": list(sizes.patch) if sizes.dynamic and not sizes.padded else None,
         "mean": config["mean"],
         "std": config["std"],
         "crop_pct": config["crop_pct"],

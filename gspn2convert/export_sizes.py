@@ -27,7 +27,7 @@ class Sizes:
     patch: tuple[int, int]
     channels: int
     dynamic: bool
-    padded: bool = False
+    padded: bool
     batch: int | None = None
 
     def free(self) -> dict[int, str]:

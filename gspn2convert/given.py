@@ -32,7 +32,7 @@ def load_given(folder: Path, teacher: VisionTransformer, keep: str | None) -> Gs
         raise UserError("--keep and --student exclude each other: the student's own blocks keep their attention")
     size = tuple(teacher.patch_embed.img_size)
     given = load(folder, img_size=size)
-    own = tuple(json.loads((folder / "config.json").read_text())["pretrained_cfg"]["input_size"][1:])
+    own = tuple(vars(given)["pretrained_cfg"]["input_size"][1:])
     if own != size:
         sizes = ("x".join(map(str, each)) for each in (own, size))
         logger.warning("%s is of images of %s px and goes on at %s; --img-size keeps another size", folder, *sizes)

@@ -226,7 +226,7 @@ def _files(path: Path, split: str) -> Source:
         if packed:
             with tarfile.open(path, "r:", tarinfo=Member) as tar:
                 tar.getmembers()  # timm's reader would take what there is of a tar file that breaks off
-        reader = create_reader("", root=str(path), split=split, **options)
+        reader = create_reader("", root=str(path), **options)
     except tarfile.TarError as error:
         raise UserError(f"data {str(path)!r}: no complete tar file ({error}); fetch it again") from error
     except (RuntimeError, ValueError) as error:

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from gspn2_kernels import Normed, beside, divide, gated_scan, local_perception, merge, norm_tokens, project
 from gspn2_kernels.gated import DIRECTIONS, NEIGHBOURS
-from gspn2_kernels.operands import autocast
+from gspn2_kernels.operands import at_most, autocast
 from gspn2convert.prefix import PrefixRead
 
 # What a backward does not compute anew, within what it does.
@@ -192,11 +192,4 @@ class Gspn2Mixer(nn.Module):
 
     def _lines(self, grid: tuple[int, int]) -> list[Any]:
         """How many lines a scan adds up, along the columns and along the rows; symbolic in an export for any size."""
-        if not self.segment:
-            return list(grid)
-        # torch.jit.trace has sizes that are tensors.
-        sizes: list[Any] = list(grid)
-        return [
-            size.clamp(max=self.segment) if isinstance(size, Tensor) else torch.sym_min(self.segment, size)
-            for size in sizes
-        ]
+        return [at_most(size, self.segment) if self.segment else size for size in grid]

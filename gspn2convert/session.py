@@ -125,7 +125,7 @@ class OnnxSession:
         if not np.issubdtype(images.dtype, np.floating):
             raise UserError(f"images of type {images.dtype}: {self.path.name} takes normalised floating-point images")
 
-    def value(self, name: str) -> Any:  # noqa: ANN401
+    def value(self, name: str) -> Any:  # noqa: ANN401 - whatever JSON can hold
         """Read a value of the metadata, None where the file has none.
 
         Raises:

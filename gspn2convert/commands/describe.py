@@ -51,11 +51,10 @@ def command(model: str, size: options.Size | None) -> dict[str, Any]:
     vit = load(folder) if converted else load_teacher(model, pretrained=False)
     counted = cost(vit, *(size or vit.patch_embed.img_size))
     figures = plain(counted)
-    # A block that was fitted and then got its attention back has no error any longer.
-    mixers = {site["layer"] for site in figures["sites"] if site["kind"] == "gspn2"}
     errors = _fit_errors(folder) if converted else {}
+    # A block that was fitted and then got its attention back has no error any longer.
     layers = [
-        site | {"error": errors.get(site["layer"]) if site["layer"] in mixers else None}
+        site | {"error": errors.get(site["layer"]) if site["kind"] == "gspn2" else None}
         for site in figures.pop("sites")
     ]
     return {"model": model, "kind": "converted" if converted else "teacher", "cost": figures, "layers": layers}

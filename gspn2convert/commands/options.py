@@ -41,11 +41,11 @@ def read_numbers(context: click.Context, parameter: click.Parameter, value: Valu
         return None
     try:
         numbers = tuple(float(part) for part in value.split(","))
-        if all(map(math.isfinite, numbers)):
-            return numbers
-        raise ValueError
     except ValueError:
-        raise click.BadParameter(f"{value!r}: expected numbers such as 0.5 or 0.485,0.456,0.406") from None
+        numbers = (math.nan,)
+    if not all(map(math.isfinite, numbers)):
+        raise click.BadParameter(f"{value!r}: expected numbers such as 0.5 or 0.485,0.456,0.406")
+    return numbers
 
 
 def read_shape(context: click.Context, parameter: click.Parameter, value: Value) -> Shape | None:

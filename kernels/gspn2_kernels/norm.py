@@ -5,13 +5,13 @@ The ops run Triton kernels. Where those cannot run, and in an export, the same f
 Shapes: B batch, N tokens, P prefix tokens, C channels.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gspn2_kernels.operands import by_triton, check_first, check_kernel, check_other, exporting, no_autocast
+from gspn2_kernels.operands import at_least, by_triton, check_first, check_kernel, check_other, exporting, no_autocast
 from gspn2_kernels.registration import define
 
 # Where ops that norm tokens as they read them take the stream and what norms it, which autocast leaves as they are.
@@ -139,9 +139,7 @@ def _mean(patches: Tensor) -> Tensor:
     """Compute the mean (B, C) of patches (B, M, C), rounded once."""
     with no_autocast(patches.device.type):
         wide = torch.promote_types(patches.dtype, torch.float32)
-        count: Any = patches.shape[1]
-        # torch.jit.trace has sizes that are tensors.
-        count = count.clamp(min=1) if isinstance(count, Tensor) else torch.sym_max(count, 1)
+        count = at_least(patches.shape[1], 1)
         if exporting():
             # A reduction takes ONNX Runtime ten times as long as this product.
             total = patches.new_full((1, patches.shape[1]), 1 / _PART) @ patches

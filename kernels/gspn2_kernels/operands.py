@@ -35,6 +35,16 @@ def exporting() -> bool:
     return torch.compiler.is_exporting()
 
 
+def at_least(size: Any, least: float) -> Any:  # noqa: ANN401 - a number, symbolic in an export, a tensor in a trace
+    """Return the larger of a size, or a ratio of sizes, and a bound."""
+    return size.clamp(min=least) if isinstance(size, Tensor) else torch.sym_max(size, least)
+
+
+def at_most(size: Any, most: float) -> Any:  # noqa: ANN401 - as above
+    """Return the smaller of a size and a bound."""
+    return size.clamp(max=most) if isinstance(size, Tensor) else torch.sym_min(size, most)
+
+
 def check_first(name: str, form: str, t: Tensor) -> None:
     """Raise a ValueError where the tensor that all others are compared with has another form or a dtype unknown."""
     if t.ndim != form.count(",") + 1:

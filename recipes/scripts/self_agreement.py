@@ -8,6 +8,7 @@ evaluate` makes them, on the test split; PHOTOS is what make_photos.py wrote.
 """
 
 import argparse
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -15,14 +16,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from accuracy import made_by
+from timm.models import VisionTransformer
 from torch import Tensor
 
 from gspn2convert.artifact import write_atomic
-from gspn2convert.data import batches, open_images
-from gspn2convert.evaluate import image_features
-from gspn2convert.probes import TokenCosines, neighbour_agreement
+from gspn2convert.data import open_images
+from gspn2convert.evaluate import evaluate
 from gspn2convert.teachers import load_teacher
-from gspn2convert.vit import data_config, final_tokens, num_prefix
 
 NOISE = 0.1  # in deviations of the teacher's normalisation: of DINOv2's about 6 of 255 grey levels
 
@@ -52,6 +52,13 @@ CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def seeing(teacher: VisionTransformer, change: Callable[[Tensor], Tensor]) -> VisionTransformer:
+    """A teacher like this one that sees changed images."""
+    other = copy.deepcopy(teacher)
+    other.patch_embed.register_forward_pre_hook(lambda _, inputs: (change(inputs[0]),))
+    return other
+
+
 def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -65,26 +72,12 @@ def main() -> None:
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     teacher = load_teacher(arguments.teacher, weights=arguments.teacher_weights, img_size=arguments.size)
-    teacher = teacher.to(device).eval()
     images = open_images(arguments.data, "test", in_chans=teacher.patch_embed.proj.in_channels)
-    cosines = {name: TokenCosines(num_prefix(teacher)) for name in CHANGES}
-    features: dict[str, list[Tensor]] = {name: [] for name in ("as it is", *CHANGES)}
-    config, every = data_config(teacher), range(len(images))
-    how = {"batch_size": 64, "augment": None, "seed": 0, "workers": arguments.workers}
-    with torch.inference_mode():
-        for pixels, _ in batches(images, config, indices=every, **how):
-            plain = final_tokens(teacher, pixels.to(device))
-            features["as it is"].append(image_features(teacher, plain))
-            for name, change in CHANGES.items():
-                tokens = final_tokens(teacher, change(pixels.to(device)))
-                features[name].append(image_features(teacher, tokens))
-                cosines[name].add(tokens, plain)
-    vectors = {name: torch.cat(each) for name, each in features.items()}
-    agreement = {name: neighbour_agreement(vectors[name], vectors["as it is"]) for name in CHANGES}
-    rows = {name: {"neighbour_agreement": agreement[name], **cosines[name].summary()} for name in CHANGES}
+    how = {"device": device, "workers": arguments.workers}
+    rows = {name: evaluate(seeing(teacher, change), teacher, images, **how) for name, change in CHANGES.items()}
     found = {"teacher": arguments.teacher, "images": len(images), "changes": rows, **made_by(arguments.commit, device)}
     write_atomic(arguments.output, (json.dumps(found, indent=1) + "\n").encode())
-    print({name: round(row, 3) for name, row in agreement.items()})
+    print({name: round(row["neighbour_agreement"], 3) for name, row in rows.items()})
 
 
 if __name__ == "__main__":
