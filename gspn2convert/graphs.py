@@ -34,14 +34,10 @@ class _Pass(nn.Module):
 def record(run: Pass, trained: Sequence[nn.Module], inputs: Iterable[tuple[Tensor, ...]]) -> dict[int, Pass]:
     """Record a pass once for each number of inputs, on a GPU, under the autocast that is in force.
 
-    Has to come before DDP wraps anything: the hooks that DDP sets on parameters run on another stream.
-
     Args:
         run: the pass; it gives scalars by name, each with a gradient.
         trained: the modules whose parameters it trains.
-        inputs: example inputs, whose shapes all later ones must have. The graphs keep them as their own. The pass that
-            gives a gradient to most parameters comes first: gradients stay on the stream of the recording that made
-            them first, and DDP wants one stream.
+        inputs: example inputs, whose shapes all later ones must have. The graphs keep them as their own.
 
     Returns:
         The recorded passes by the number of their inputs.

@@ -18,7 +18,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
@@ -28,6 +27,7 @@ from gspn2convert.graphs import Pass, compiled, record
 from gspn2convert.losses import relative_error, variance
 from gspn2convert.mixer import Gspn2Mixer
 from gspn2convert.model import Gspn2Vit
+from gspn2convert.processes import several, world_mean
 from gspn2convert.recipe import Align
 from gspn2convert.taps import Taps
 from gspn2convert.vit import attention_sites, blocks, final_tokens, grid_size, layer_scale, num_prefix
@@ -47,7 +47,7 @@ class Objective(nn.Module):
     Args:
         student: put into eval mode.
         teacher: same architecture with its attention, on the same device as the images. It is no submodule:
-            optimizers, DDP and checkpoints do not see it.
+            optimizers and checkpoints do not see it.
     """
 
     def __init__(self, student: Gspn2Vit, teacher: VisionTransformer) -> None:
@@ -100,7 +100,7 @@ class Objective(nn.Module):
         self.recorded.clear()
 
     def shard(self, device: torch.device) -> None:
-        """Spread all models over the processes of the run, in place of DDP and for good."""
+        """Spread all models over the processes of the run, for good."""
         shard(self, self.models(), device)
 
     def models(self) -> list[VisionTransformer]:
@@ -176,7 +176,7 @@ class AlignStage(Objective):
 
     def record(self, images: Tensor, steps: int) -> None:
         """Record the pass, see `graphs.record`; not where processes must add their spreads up in the midst of it."""
-        if not _several():
+        if not several():
             with self.compiled(steps):
                 self.recorded = record(self.terms, [self.student], [(images,)])
             self.recorded_shape = images.shape
@@ -195,18 +195,6 @@ def frozen_tokens(vit: VisionTransformer, images: Tensor) -> Tensor:
 @torch.no_grad()
 def batch_spread(targets: list[Tensor], gammas: list[Tensor | None]) -> Tensor:
     """Denominators of the relative errors, one a layer, over the batch of all processes together."""
-    means = _world_mean(torch.stack([target.float().mean((0, 1)) for target in targets]))
+    means = world_mean(torch.stack([target.float().mean((0, 1)) for target in targets]))
     spreads = [variance(*each) for each in zip(targets, gammas, means, strict=True)]
-    return _world_mean(torch.stack(spreads))
-
-
-def _world_mean(x: Tensor) -> Tensor:
-    """Average over the processes of a run, each of which holds an equal share of the batch."""
-    if _several():
-        dist.all_reduce(x)
-        x /= dist.get_world_size()
-    return x
-
-
-def _several() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return world_mean(torch.stack(spreads))

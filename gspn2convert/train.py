@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor
 
@@ -25,6 +25,7 @@ from gspn2convert.fsdp import part, whole
 from gspn2convert.graphs import RecordedSteps
 from gspn2convert.interrupt import Interrupted, StopWish
 from gspn2convert.optim import Ema, load_optimizer, make_optimizer, optimizer_tensors, set_rates
+from gspn2convert.processes import average_gradients, start_alike
 from gspn2convert.progress import Progress
 from gspn2convert.recipe import Align, Recover
 from gspn2convert.stage import Objective
@@ -73,11 +74,9 @@ def make_accelerator(device: str = "auto", precision: str = "fp32") -> Accelerat
         raise UserError("device 'cuda': no CUDA device was found; use --device cpu, or see `gspn2convert doctor`")
     # Accelerate allows one setting for the life of a process; two conversions in one may differ.
     AcceleratorState._reset_state(reset_partial_state=not (dist.is_available() and dist.is_initialized()))
-    # Unused are the adapters after their term has faded, and norms of a head that the student lacks.
-    ddp = DistributedDataParallelKwargs(find_unused_parameters=True)
     # Where there is nothing else, processes must be told that they share the CPU's work, or each does all of it.
     on_cpu = device == "cpu" or not torch.accelerator.is_available()
-    accelerator = Accelerator(cpu=on_cpu, mixed_precision=PRECISIONS[precision], kwargs_handlers=[ddp])
+    accelerator = Accelerator(cpu=on_cpu, mixed_precision=PRECISIONS[precision])
     if precision == "fp16" and accelerator.scaler is None:
         raise UserError(f"precision 'fp16' needs a GPU, not {accelerator.device.type}; use bf16 or fp32")
     return accelerator
@@ -114,7 +113,7 @@ def train_stage(
         progress: shows loss terms and speed.
         evaluate: held-out figures of the student as it is; "cosine" decides between raw and averaged weights.
         eval_every: steps between two evaluations.
-        shard: spread the objective's models over the processes, in place of DDP; they stay so.
+        shard: spread the objective's models over the processes; they stay so. Otherwise each holds all of them.
 
     Raises:
         UserError: the loss or its gradient became NaN or infinite; the last checkpoint stays.
@@ -128,7 +127,6 @@ def train_stage(
         if stop.made:
             raise Interrupted(name, spec.steps, spec.steps)
     finally:
-        accelerator.unwrap_model(training.model, keep_fp32_wrapper=False)
         objective.forget()
         accelerator.free_memory()
     return result
@@ -148,9 +146,11 @@ class _Training:
         shard: bool,
     ) -> None:
         self.name, self.objective, self.spec = name, objective, spec
-        self.accelerator, self.store = accelerator, store
+        self.accelerator, self.store, self.shard = accelerator, store, shard
         if shard:
             objective.shard(accelerator.device)
+        else:
+            start_alike(objective)
         groups = objective.groups(spec)
         self.parameters = [parameter for group in groups for parameter in group["params"]]
         self.named = [(n, p) for n, p in objective.named_parameters() if p.requires_grad]
@@ -162,7 +162,6 @@ class _Training:
         if on_gpu and not shard:
             with accelerator.autocast():
                 objective.record(torch.zeros(shape, device=accelerator.device), spec.steps)
-        self.model = objective if shard else accelerator.prepare(objective)
         self.optimizer = accelerator.prepare(optimizer)
         self.take_step = RecordedSteps(optimizer) if capturable and objective.recorded else self.optimizer.step
         decay = spec.ema if isinstance(spec, Recover) else 0.0
@@ -215,8 +214,10 @@ class _Training:
         """One step; its loss terms over all processes, whether any of them wishes to stop, and whether to save."""
         set_rates(self.optimizer, step, self.spec.steps, self.spec.warmup)
         with self.accelerator.autocast():
-            terms = self.model(images, step / self.spec.steps)
+            terms = self.objective(images, step / self.spec.steps)
         self.accelerator.backward(terms["loss"])
+        if not self.shard:  # which averages its parts by itself
+            average_gradients(self.parameters)
         norm = whole(self.accelerator.clip_grad_norm_(self.parameters, self.spec.clip))
         # Each process has a clock of its own; that of the one that writes decides.
         wishes = stop.made, self.store.main and self.store.due(step + 1)

@@ -265,7 +265,7 @@ def test_a_dry_run_shows_each_size(run_cli):
     rows = {words[0]: words[1:3] for line in shown.stdout.splitlines() if (words := line.split())}
     curriculum = load_recipe("hires").curriculum
     assert "On one GPU, in fp32, with the gradients that CUDA graphs hold." in shown.stdout
-    assert f"up to {27_007_704 * 4 / 2**20:.3g} MiB more, for DDP" in " ".join(shown.stdout.split())
+    assert f"up to {27_007_704 * 4 / 2**20:.3g} MiB more, to add gradients up" in " ".join(shown.stdout.split())
     sharded = run_cli("distill", "--teacher", "dinov2_small", "--recipe", "hires", "--dry-run", "--shard").stdout
     assert "each of n processes holds an n-th of this and of both models" in " ".join(sharded.split())
     assert "27,007,704" in sharded

@@ -56,7 +56,8 @@ def _whose_memory(plan: Document) -> str:
     gradients = gibi(4 * plan["parameters"]["student"])
     return (
         "On one GPU, in fp32, with the gradients that CUDA graphs hold. Each of n processes needs an n-th of what is "
-        f"for a batch, and in training up to {gradients} more, for DDP. Not counted: the teacher's pass and the losses."
+        f"for a batch, and in training up to {gradients} more, to add gradients up. Not counted: the teacher's pass "
+        "and the losses."
     )
 
 

@@ -27,6 +27,7 @@ from gspn2convert.data import open_images
 from gspn2convert.graphs import RecordedSteps
 from gspn2convert.model import Gspn2Vit, build_student
 from gspn2convert.optim import Ema, make_optimizer
+from gspn2convert.processes import average_gradients
 from gspn2convert.recipe import Recipe, load_recipe
 from gspn2convert.recover import RecoverStage
 from gspn2convert.stage import frozen_tokens
@@ -61,18 +62,19 @@ class Step:
         optimizer = make_optimizer(spec.optimizer, objective.groups(spec), fused=True, capturable=True)
         with accelerator.autocast():
             objective.record(images, spec.steps)
-        self.model, self.optimizer = accelerator.prepare(objective, optimizer)
+        self.optimizer = accelerator.prepare(optimizer)
         self.take_step = RecordedSteps(optimizer)
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.ema, self.loss = Ema(student, recipe.recover.ema), torch.zeros(())
 
     def forward(self, images: Tensor, progress: float) -> None:
         """Compute the loss; the teacher's pass is a part of it."""
-        self.loss = self.model(images, progress)["loss"]
+        self.loss = self.objective(images, progress)["loss"]
 
     def backward(self) -> None:
         """Compute gradients."""
         self.accelerator.backward(self.loss)
+        average_gradients(self.parameters)
 
     def update(self) -> None:
         """Clip, step and average."""
