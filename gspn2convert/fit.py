@@ -202,14 +202,14 @@ def _global_features(mixer: Gspn2Mixer, x: Tensor, a: Tensor) -> Tensor:
     """What the global branch sees of each image: (B, Q)."""
     if mixer.shared is None:
         return a.new_zeros(a.shape[0], 0)
-    parts = [a.mean(1)] + ([x[:, 0]] if mixer.prefix is not None else [])
+    parts = [a.mean(1)] + ([x[:, 0]] if mixer.has_prefix else [])
     return torch.cat(parts, -1)
 
 
 def _target(mixer: Gspn2Mixer, x: Tensor, y: Tensor, grid: Grid) -> Tensor:
-    """Attention output of the patches without what they read from the prefix tokens."""
+    """Attention output of the patches without what they read from the prefix tokens and regions."""
     target = patches(y, grid)
-    if mixer.prefix is None or mixer.prefix.log_sum is None:
+    if mixer.prefix is None:
         return target
-    _, share, values = mixer.prefix(x, x.shape[1] - grid[0] * grid[1])
-    return target - share @ values
+    _, share, values = mixer.prefix(x, grid)
+    return target if share is None else target - share @ values

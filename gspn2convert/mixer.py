@@ -45,6 +45,8 @@ class Gspn2Mixer(nn.Module):
         global_branch: linear map of the mean patch and the first prefix token, added to every patch.
         prefix: "exact" reads the prefix tokens with the teacher's attention, "pool" with uniform weights.
         prefix_gate: whether patches read the prefix tokens.
+        regions: rows and columns of equal parts of the image, whose means patches read with the teacher's attention; 0
+            for none.
 
     Raises:
         ValueError: of `prefix` or `segment`.
@@ -62,6 +64,7 @@ class Gspn2Mixer(nn.Module):
         global_branch: bool = True,
         prefix: str = "exact",
         prefix_gate: bool = True,
+        regions: int = 0,
     ) -> None:
         super().__init__()
         weight = attention.qkv.weight
@@ -76,8 +79,10 @@ class Gspn2Mixer(nn.Module):
         packed = 2 * DIRECTIONS * proxy_dim + DIRECTIONS * groups * NEIGHBOURS
         self.control = nn.Linear(proxy_dim if self.from_latent else dim, packed, device=device, dtype=dtype)
         self.prefix: PrefixRead | None = None
-        if has_prefix:
-            self.prefix = PrefixRead(attention, exact=prefix == "exact", gate=prefix_gate)
+        self.has_prefix = has_prefix
+        if has_prefix or regions:
+            exact = prefix == "exact"
+            self.prefix = PrefixRead(attention, has_prefix=has_prefix, exact=exact, gate=prefix_gate, regions=regions)
         self.lpu = (
             nn.Conv2d(dim, dim, 3, padding=1, groups=dim, bias=False, device=device, dtype=dtype) if lpu else None
         )
@@ -122,7 +127,7 @@ class Gspn2Mixer(nn.Module):
         if self.lpu is not None:
             out = local_perception(patches, self.lpu.weight, out)
         row = self._row(patches.mean((1, 2)), x[:, :prefix])
-        prefix_out, share, values = (None, None, None) if self.prefix is None else self.prefix(x, prefix)
+        prefix_out, share, values = (None, None, None) if self.prefix is None else self.prefix(x, grid)
         out = out.flatten(1, 2)
         if share is not None and values is not None:
             out = torch.baddbmm(out, share, values)
@@ -141,15 +146,17 @@ class Gspn2Mixer(nn.Module):
         prefix = residual.shape[1] - grid[0] * grid[1]
         normed = norm_tokens(residual, norm.weight, norm.bias, norm.eps, prefix)
         (row, prefix_out, share, values), y = beside(
-            residual, lambda: self._read(normed), lambda: self._scan_normed(normed, grid)
+            residual, lambda: self._read(normed, grid), lambda: self._scan_normed(normed, grid)
         )
         filters, lines = None if self.lpu is None else self.lpu.weight, self._lines(grid)
         return merge(normed, y, self.proj.weight, lines, filters, share, values, row, gamma, prefix_out)
 
-    def _read(self, normed: Normed) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    def _read(
+        self, normed: Normed, grid: tuple[int, int]
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """What patches get beside their scans, and the prefix tokens: a row, `merge` says what else."""
         row = self._row(normed.mean, normed.first)
-        return row, *((None, None, None) if self.prefix is None else self.prefix.of_normed(normed))
+        return row, *((None, None, None) if self.prefix is None else self.prefix.of_normed(normed, grid))
 
     def _scan_normed(self, normed: Normed, grid: tuple[int, int]) -> Tensor:
         """The four scans (B, H, W, 4, R) of the patches, each times its gate."""
@@ -163,7 +170,7 @@ class Gspn2Mixer(nn.Module):
         """What all patches of an image get (B, C), by the mean patch (B, C) and the prefix tokens (B, P, C)."""
         if self.shared is None:
             return self.proj.bias.expand(mean.shape[0], -1)
-        summary = mean if self.prefix is None else torch.cat([mean, first[:, 0]], -1)
+        summary = torch.cat([mean, first[:, 0]], -1) if self.has_prefix else mean
         return F.linear(summary, self.shared.weight, self.proj.bias)
 
     def scan(self, x: Tensor, grid: tuple[int, int]) -> Tensor:

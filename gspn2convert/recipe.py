@@ -22,6 +22,7 @@ from gspn2convert.recipe_values import (
     OptimizerName,
     Positive,
     ProxyDim,
+    Regions,
     Sizes,
     Weight,
     Whole,
@@ -58,6 +59,7 @@ class Mixer(Part):
     global_branch: bool = True
     prefix: Literal["exact", "pool"] = "exact"
     prefix_gate: bool = True
+    regions: Regions = 0
 
     def resolve(self, dim: int) -> dict[str, int | bool | str]:
         """Settle what depends on the teacher.
@@ -278,16 +280,14 @@ def recipe_text(name_or_path: str | Path) -> str:
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path}: expected a recipe as UTF-8 text, found other bytes at {error.start}") from error
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        known = ", ".join(recipe_names())
+        reason, known = getattr(error, "strerror", None) or error, ", ".join(recipe_names())
         raise RecipeError(f"{path}: cannot read this recipe: {reason}; recipes with a name are {known}") from error
 
 
 def _bundled() -> Path:
     """The folder of the recipes: inside an installed package, beside it in a checkout."""
-    package = Path(__file__).parent
-    installed = package / "recipes"
-    return installed if installed.is_dir() else package.parent / "recipes"
+    installed = Path(__file__).parent / "recipes"
+    return installed if installed.is_dir() else Path(__file__).parents[1] / "recipes"
 
 
 def _locate(name_or_path: str | Path) -> Path:

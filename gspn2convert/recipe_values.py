@@ -18,6 +18,7 @@ def _is_proxy_dim(value: int | str) -> bool:
 
 Count = Annotated[int, Rule(lambda value: 1 <= value <= _INT_MAX, "an integer of 1 or more")]
 Whole = Annotated[int, Rule(lambda value: 0 <= value <= _INT_MAX, "an integer of 0 or more")]
+Regions = Annotated[int, Rule(lambda value: 0 <= value <= 16, "an integer from 0 to 16")]
 Positive = Annotated[float, Rule(lambda value: value > 0, "a number above 0")]
 Weight = Annotated[float, Rule(lambda value: value >= 0, "a number of 0 or more")]
 Fraction = Annotated[float, Rule(lambda value: 0 <= value <= 1, "a number from 0 to 1")]

@@ -56,8 +56,9 @@ def reference(mixer: Gspn2Mixer, x: Tensor, grid: tuple[int, int]) -> Tensor:
             out = out + x[:, :1] @ mixer.shared.weight[:, DIM:].T
     if mixer.prefix is None:
         return out
-    prefix_out, share, values = mixer.prefix(x, prefix)
-    return torch.cat([prefix_out, out if share is None else out + share @ values], 1)
+    prefix_out, share, values = mixer.prefix(x, grid)
+    out = out if share is None else out + share @ values
+    return out if prefix_out is None else torch.cat([prefix_out, out], 1)
 
 
 @pytest.mark.parametrize("grid", [(1, 1), (7, 4), (5, 14)], ids=str)
@@ -69,8 +70,20 @@ def reference(mixer: Gspn2Mixer, x: Tensor, grid: tuple[int, int]) -> Tensor:
         (0, {"segment": 3}),
         (1, {"proxy_dim": 1, "lpu": False, "global_branch": False, "prefix_gate": False}),
         (2, {"prefix": "pool", "segment": 20}),
+        (2, {"regions": 3}),
+        (0, {"regions": 2}),
+        (1, {"regions": 2, "prefix": "pool", "prefix_gate": False}),
     ],
-    ids=["all parts", "groups", "no prefix, segments", "paper", "pooled prefix"],
+    ids=[
+        "all parts",
+        "groups",
+        "no prefix, segments",
+        "paper",
+        "pooled prefix",
+        "regions",
+        "regions, no prefix",
+        "only",
+    ],
 )
 @torch.no_grad()
 def test_mixer_follows_its_formula(prefix: int, options: dict[str, int | bool | str], grid: tuple[int, int]) -> None:
@@ -88,8 +101,10 @@ def test_mixer_follows_its_formula(prefix: int, options: dict[str, int | bool | 
         (2, {}),
         (1, {"proxy_dim": 1, "lpu": False, "global_branch": False, "prefix_gate": False}),
         (2, {"prefix": "pool", "groups": 3}),
+        (1, {"regions": 8}),
+        (0, {"regions": 2}),
     ],
-    ids=["no prefix", "prefix", "paper", "pooled prefix"],
+    ids=["no prefix", "prefix", "paper", "pooled prefix", "regions", "regions, no prefix"],
 )
 @torch.no_grad()
 def test_adding_to_the_stream_is_the_mixer_and_a_sum(

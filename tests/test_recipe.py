@@ -45,7 +45,14 @@ def test_smallest_recipe_has_the_documented_defaults() -> None:
     assert parse_recipe(SMALL, "here") == Recipe(
         name="small",
         mixer=Mixer(
-            proxy_dim="C/8", groups=1, segment=0, lpu=True, global_branch=True, prefix="exact", prefix_gate=True
+            proxy_dim="C/8",
+            groups=1,
+            segment=0,
+            lpu=True,
+            global_branch=True,
+            prefix="exact",
+            prefix_gate=True,
+            regions=0,
         ),
         fit=Fit(method="closed_form", images=512, held_out=128, batch_size=32, ridge=0.05, rounds=2),
         align=Align(
@@ -161,6 +168,7 @@ def test_mixer_resolves_to_arguments(mixer: Mixer, dim: int, proxy_dim: int) -> 
         "global_branch": True,
         "prefix": "exact",
         "prefix_gate": True,
+        "regions": 0,
     }
 
 

@@ -25,6 +25,9 @@ from gspn2_kernels.memory import by_token, cdiv, power_of_2
 from gspn2_kernels.merge import divide
 from gspn2_kernels.triton_local import Norm, add_up
 
+# Of a share that a program holds at once; more of them are a product of their own.
+MOST_COLUMNS = 128
+
 
 class Plan(NamedTuple):
     """Patches and channels of a tile, numbers of a step, warps of a program, and steps under way."""
@@ -59,6 +62,9 @@ def merge(
         _add_prefix(stream, prefix_out, gamma, out)
     if share is None or values is None:
         base = F.linear(y.flatten(-2), divide(weight, lines))
+    elif share.shape[2] > MOST_COLUMNS:
+        base = torch.baddbmm(F.linear(y.flatten(1, 2).flatten(2), divide(weight, lines)), share, values)
+        base = base.unflatten(1, grid)
     else:
         base = product(y, weight, lines, share, values)
     # Both numbers of a token are read at once.
