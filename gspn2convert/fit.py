@@ -173,13 +173,16 @@ def fit_svd(mixer: Gspn2Mixer, attention: Attention, second: Tensor) -> None:
     mapping = (out @ value).T / DIRECTIONS
     down = proxy_projection(mapping.repeat(DIRECTIONS, 1), second, None, mixer.proxy_dim)
     up = ridge_solve(down.T @ second @ down, down.T @ second @ mapping, 0.0)
-    mixer.down.weight.copy_(down.T)
-    mixer.proj.weight.copy_(up.T.repeat(1, DIRECTIONS))
     bias = out.new_zeros(out.shape[0])
     if attention.qkv.bias is not None:
         bias = bias + out @ attention.qkv.bias.double().chunk(3)[2]
+    if mixer.prefix is not None and mixer.prefix.regions:
+        # Their values are in the attention's output already.
+        up, bias = torch.zeros_like(up), torch.zeros_like(bias)
     if attention.proj.bias is not None:
         bias = bias + attention.proj.bias
+    mixer.down.weight.copy_(down.T)
+    mixer.proj.weight.copy_(up.T.repeat(1, DIRECTIONS))
     mixer.proj.bias.copy_(bias)
 
 

@@ -124,7 +124,7 @@ def test_the_mixer_of_the_paper(make_teacher):
     assert all(report.error < report.errors["svd"] < report.errors["random"] for report in reports)
 
 
-@pytest.mark.parametrize("options", [{"segment": 2}, {"groups": 2}, {"prefix": "pool"}], ids=str)
+@pytest.mark.parametrize("options", [{"segment": 2}, {"groups": 2}, {"prefix": "pool"}, {"regions": 2}], ids=str)
 def test_other_mixers(tiny_teacher, options):
     student, reports = fitted(tiny_teacher, mixer=Mixer(proxy_dim=8, **options))
     assert_reports_hold(tiny_teacher, student, reports, pictures(20, 2), (4, 6))

@@ -107,6 +107,17 @@ def test_exported_student(make_student: Callable[..., Gspn2Vit], tmp_path: Path)
     assert_close("evaluator", student(image).detach(), run_evaluator(model, {"image": image.numpy()}), 1e-5)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"class_token": False, "global_pool": "avg"}, {"qk_norm": True, "reg_tokens": 2}],
+    ids=["class token", "no prefix tokens", "qk norm and registers"],
+)
+def test_regions_at_any_size(make_student: Callable[..., Gspn2Vit], tmp_path: Path, changes: dict[str, Any]) -> None:
+    student = make_student({"regions": 3}, **changes)
+    export_onnx(student, tmp_path / "student.onnx")
+    check_file(tmp_path / "student.onnx", student, [(2, 3, 40, 24), (1, 3, 8, 72), (3, 3, 8, 8)], 1e-5)
+
+
 @pytest.mark.parametrize("static", [None, (2, 3, 37, 51)], ids=["any size", "one size"])
 def test_images_that_the_model_pads(make_student: Callable[..., Gspn2Vit], tmp_path: Path, static) -> None:
     student = make_student(img_size=(37, 51), dynamic_img_pad=True)
@@ -127,10 +138,11 @@ def test_a_padding_model_with_registers_needs_one_size(make_student: Callable[..
     export_onnx(student, tmp_path / "student.onnx", static=(1, 3, 37, 51))
 
 
+@pytest.mark.parametrize("regions", [0, 3])
 def test_a_file_leaves_nothing_to_compute_from_weights_alone(
-    make_student: Callable[..., Gspn2Vit], tmp_path: Path
+    make_student: Callable[..., Gspn2Vit], tmp_path: Path, regions: int
 ) -> None:
-    export_onnx(make_student(init_values=0.1), tmp_path / "student.onnx", static=(2, 3, 32, 48))
+    export_onnx(make_student({"regions": regions}, init_values=0.1), tmp_path / "student.onnx", static=(2, 3, 32, 48))
     graph = onnx.load(tmp_path / "student.onnx").graph
     known = {tensor.name: tensor for tensor in graph.initializer}
     uses = Counter(name for node in graph.node for name in node.input)
@@ -178,9 +190,14 @@ def test_model_of_one_size_keeps_it(
         export_onnx(student, tmp_path / "other.onnx", size=(48, 48))
 
 
-@pytest.mark.parametrize("dynamic", [True, False], ids=["dynamic", "fixed"])
-def test_static_file_takes_one_shape(make_student: Callable[..., Gspn2Vit], tmp_path: Path, dynamic: bool) -> None:
-    student, path = make_student(depth=1, layers=(0,), dynamic_img_size=dynamic), tmp_path / "static.onnx"
+@pytest.mark.parametrize(
+    ("dynamic", "regions"), [(True, 0), (False, 0), (True, 3)], ids=["dynamic", "fixed", "regions"]
+)
+def test_static_file_takes_one_shape(
+    make_student: Callable[..., Gspn2Vit], tmp_path: Path, dynamic: bool, regions: int
+) -> None:
+    student = make_student({"regions": regions}, depth=1, layers=(0,), dynamic_img_size=dynamic)
+    path = tmp_path / "static.onnx"
     shape = (1, 3, 40, 24) if dynamic else (3, 3, 32, 48)
     result = export_onnx(student, path, static=shape)
     model = check_file(path, student, [shape], 1e-5)

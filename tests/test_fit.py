@@ -113,9 +113,10 @@ def test_what_patches_hardly_show_is_no_large_latent() -> None:
         (0, {"lpu": False, "global_branch": False}, 1e-8),
         (2, {"lpu": False, "prefix_gate": False}, 1e-8),
         (1, {"lpu": False, "segment": 3}, 1e-8),
+        (1, {"lpu": False, "regions": 2}, 1e-8),
         (1, {}, 1e-2),  # scan and LPU alternate, and close in on each other slowly
     ],
-    ids=["scan", "scan and global", "segments and gate", "all parts"],
+    ids=["scan", "scan and global", "segments and gate", "regions", "all parts"],
 )
 def test_fit_recovers_a_mixer_from_its_outputs(prefix: int, options: dict[str, int | bool], limit: float) -> None:
     truth = make_mixer(prefix, **options)
@@ -162,6 +163,16 @@ def test_svd_initialisation_is_the_value_projection_of_the_mean_line() -> None:
     mean = scan_features(x.unflatten(1, GRID), 0).unflatten(-1, (4, DIM)).mean(2)
     value = mean @ attention.qkv.weight[2 * DIM :].T + attention.qkv.bias[2 * DIM :]
     assert_close("svd", attention.proj(value), mixer(x, GRID), 1e-5)
+
+
+def test_svd_initialisation_beside_regions_is_what_is_read_of_them() -> None:
+    mixer, x = make_mixer(1, regions=2, lpu=False, global_branch=False), tokens(3, 1)
+    attention = make_mixer(1).prefix
+    assert attention is not None
+    assert mixer.prefix is not None
+    fit_svd(mixer, attention, torch.eye(DIM, dtype=torch.float64))
+    _, share, values = mixer.prefix(x, GRID)
+    assert_close("svd", share @ values + attention.proj.bias, patches(mixer(x, GRID), GRID), 1e-6)
 
 
 def test_svd_initialisation_on_patches_that_are_all_zero() -> None:

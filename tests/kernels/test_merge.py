@@ -31,6 +31,7 @@ CASES = [
     pytest.param((2, 9, 1, 33, 3, 2, 5), id="one column"),
     pytest.param((1, 4, 4, 16, 8, 3, 0), id="no prefix"),
     pytest.param((2, 12, 11, 136, 33, 17, 2), id="ragged tiles of the product"),
+    pytest.param((2, 3, 5, 24, 5, 130, 2), id="more columns of the share than a program holds"),
 ]
 
 
