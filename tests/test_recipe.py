@@ -98,6 +98,7 @@ def test_bundled_recipes() -> None:
         "demo",
         "dinov2_base",
         "dinov2_small_photos",
+        "dinov2_small_regions",
         "fashion_mnist_vit_tiny",
         "hires",
         "paper",

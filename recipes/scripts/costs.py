@@ -19,13 +19,16 @@ from gspn2convert.recipe import load_recipe
 from gspn2convert.teachers import load_teacher
 
 SIZES = (224, 512, 1024, 2048)
+REGIONS = (4, 8)
 
 
 def measure(teacher: str, recipe: str) -> dict[str, Any]:
-    """Count a teacher and its student, all layers converted, at each of `SIZES`."""
+    """Count a teacher and its students, all layers converted, at each of `SIZES`."""
     vit = load_teacher(teacher, pretrained=False)
     mixer = load_recipe(recipe).mixer.resolve(vit.embed_dim)
-    models = {"teacher": vit, "student": build_student(vit, range(len(vit.blocks)), mixer)}
+    mixers = {"student": mixer, **{f"regions: {count}": {**mixer, "regions": count} for count in REGIONS}}
+    students = {name: build_student(vit, range(len(vit.blocks)), each) for name, each in mixers.items()}
+    models = {"teacher": vit, **students}
     parameters = {name: cost(model, SIZES[0], SIZES[0]).parameters for name, model in models.items()}
     sizes = [{"pixels": size, **{name: macs(model, size) for name, model in models.items()}} for size in SIZES]
     return {"teacher": teacher, "recipe": recipe, "mixer": mixer, "parameters": parameters, "sizes": sizes}

@@ -37,8 +37,12 @@ def demo(found: Document) -> list[str]:
 
 def dinov2(found: Document) -> list[str]:
     """What students of DINOv2 keep, on photographs that no stage saw."""
-    kept = ", ".join(map(str, found["auto-0"]["kept_layers"]))
-    columns = {"no attention left": found["pure-0"], f"blocks {kept} keep it": found["auto-0"]}
+    kept = {name: ", ".join(map(str, found[name]["kept_layers"])) for name in ("auto-0", "regions-0")}
+    columns = {
+        "no attention left": found["pure-0"],
+        f"blocks {kept['auto-0']} keep it": found["auto-0"],
+        f"blocks {kept['regions-0']} keep it{reading(found['regions-0'])}": found["regions-0"],
+    }
     figures = [one["evaluation"] for one in columns.values()]
     rows = [
         *(
@@ -56,9 +60,9 @@ def dinov2(found: Document) -> list[str]:
 
 def dinov2_probes(found: Document) -> list[str]:
     """What probes find; one sentence."""
-    probes = [found[row]["evaluation"]["fashion"] for row in ("pure-0", "auto-0")]
+    probes = [found[row]["evaluation"]["fashion"] for row in ("pure-0", "auto-0", "regions-0")]
     knn, linear = (
-        f"{percent(probes[0][key])} and {percent(probes[1][key])} (teacher {percent(probes[0][f'teacher_{key}'])})"
+        f"{', '.join(percent(one[key]) for one in probes)} (teacher {percent(probes[0][f'teacher_{key}'])})"
         for key in ("knn", "linear")
     )
     return [
@@ -91,7 +95,7 @@ def controls(found: Document) -> list[str]:
         figures = row["evaluation"]
         rows.append(
             (
-                f"`{name}`: {row['what']}",
+                f"`{name}`: {row['what']}{reading(row)}",
                 f"{figures['top1']:.2%}" if "top1" in figures else "",
                 *(f"{figures[key]['mean']:.3f}" for key in ("prefix_cosine", "patch_cosine")),
                 f"{figures['neighbour_agreement']:.3f}",
@@ -99,6 +103,13 @@ def controls(found: Document) -> list[str]:
             )
         )
     return grid(("row, seed", "top-1", "class cosine", "patch cosine", "10 neighbours", "minutes"), rows)
+
+
+def reading(row: Document) -> str:
+    """What else the mixers of a row do; early rows name their recipe alone."""
+    recipe = row["recipe"]
+    regions = 0 if isinstance(recipe, str) else recipe["mixer"].get("regions", 0)
+    return f", the others read {regions} x {regions} regions" if regions else ""
 
 
 def self_agreement(found: Document) -> list[str]:
@@ -129,14 +140,17 @@ def throughput(found: Document) -> list[str]:
 
 def costs(found: Document) -> list[str]:
     """Parameters, and MACs at growing sizes; token mixing alone is attention against mixers."""
-    rows = [["parameters", "", *(f"{count / 1e6:.1f} M" for count in found["parameters"].values()), "", ""]]
+    reading = [name for name in found["parameters"] if name.startswith("regions")]
+    millions = [f"{found['parameters'][name] / 1e6:.1f} M" for name in ("teacher", "student")]
+    rows = [["parameters", "", *millions, *[""] * (2 + len(reading))]]
     for size in found["sizes"]:
         both = size["teacher"], size["student"]
         fewer = [f"{both[0][part] / both[1][part]:.2f}x" for part in ("all", "mixing")]
         macs = [f"{one['all'] / 1e9:,.1f} G" for one in both]
-        rows.append([f"MACs at {size['pixels']} px", f"{both[0]['tokens']:,}", *macs, *fewer])
+        less = [f"{both[0]['all'] / size[name]['all']:.2f}x" for name in reading]
+        rows.append([f"MACs at {size['pixels']} px", f"{both[0]['tokens']:,}", *macs, *fewer, *less])
     head = (f"`{found['teacher']}`, recipe `{found['recipe']}`", "patches", "teacher", "student")
-    return grid((*head, "ratio", "ratio, mixing alone"), rows)
+    return grid((*head, "ratio", "ratio, mixing alone", *(f"ratio with `{name}`" for name in reading)), rows)
 
 
 TABLES: dict[str, tuple[str, Callable[[Document], list[str]]]] = {
