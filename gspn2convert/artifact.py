@@ -33,7 +33,7 @@ tags:
 # {teacher} as a GSPN-2 Vision Transformer
 
 A copy of the timm model `{teacher}` in which line scans (GSPN-2) have taken the place of attention in
-{converted} of {depth} blocks: {layers}. `recipe.yaml` says how it was made, `metrics.json` what came out.
+{converted} of {depth} blocks: {layers}.{regions} `recipe.yaml` says how it was made, `metrics.json` what came out.
 
 ```python
 import gspn2convert, timm  # the import registers gspn2_vit with timm
@@ -122,12 +122,16 @@ def _card(config: dict[str, Any], metrics: dict[str, Any]) -> str:
         for name, value in numbers.items()
     ]
     license_name = config["pretrained_cfg"].get("license")
+    regions = config["model_args"]["mixer"].get("regions", 0)
     return _CARD.format(
         license=f"license: {license_name}\n" if license_name else "",
         teacher=gspn2["teacher"],
         converted=len(gspn2["layers"]),
         depth=gspn2["depth"],
         layers=", ".join(map(str, gspn2["layers"])) or "none",
+        regions=f" Their patches also attend to the means of {regions} x {regions} parts of the image."
+        if regions
+        else "",
         metrics="\n".join(["", "| metric | value |", "|---|---|", *rows, ""]) if rows else "",
     )
 

@@ -22,10 +22,14 @@ _FLOPS_PER_MAC = 2
 
 @dataclass(frozen=True, kw_only=True)
 class SiteCost:
-    """One attention site: what mixes the tokens there, its parameters, and its MACs for one image."""
+    """One attention site: what mixes the tokens there, its parameters, and its MACs for one image.
+
+    `regions` are the rows and columns of parts of the image whose means patches read, 0 for none.
+    """
 
     layer: int
     kind: str
+    regions: int
     parameters: int
     macs: int
 
@@ -61,6 +65,7 @@ def cost(model: VisionTransformer, height: int, width: int) -> Cost:
         SiteCost(
             layer=index,
             kind=site_kind(site),
+            regions=site.regions if isinstance(site, Gspn2Mixer) else 0,
             parameters=count_parameters(site),
             macs=sum(flops[f"{root}.{names[site]}"].values()) // _FLOPS_PER_MAC,
         )

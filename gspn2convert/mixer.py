@@ -46,10 +46,10 @@ class Gspn2Mixer(nn.Module):
         prefix: "exact" reads the prefix tokens with the teacher's attention, "pool" with uniform weights.
         prefix_gate: whether patches read the prefix tokens.
         regions: rows and columns of equal parts of the image, whose means patches read with the teacher's attention; 0
-            for none.
+            to 16, 0 for none.
 
     Raises:
-        ValueError: of `prefix` or `segment`.
+        ValueError: of `prefix`, `segment` or `regions`.
     """
 
     def __init__(
@@ -71,7 +71,9 @@ class Gspn2Mixer(nn.Module):
         dim, device, dtype = weight.shape[1], weight.device, weight.dtype
         if prefix not in ("exact", "pool") or not isinstance(segment, int) or segment < 0:
             raise ValueError(f"prefix {prefix!r}, segment {segment!r}: expected exact or pool, and 0 or more lines")
-        self.proxy_dim, self.groups, self.segment = proxy_dim, groups, segment
+        if not isinstance(regions, int) or not 0 <= regions <= 16:
+            raise ValueError(f"regions {regions!r}: expected an integer from 0 to 16")
+        self.proxy_dim, self.groups, self.segment, self.regions = proxy_dim, groups, segment, regions
         self.down = nn.Linear(dim, proxy_dim, bias=False, device=device, dtype=dtype)
         # Predicting from a wide latent costs R (8R + 12) instead of C (8R + 12); a narrow one knows too little.
         # C-GSPN predicts from a latent of C/18.

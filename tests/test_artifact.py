@@ -70,6 +70,18 @@ def test_round_trip(student, tmp_path, case):
         assert (twice / name).read_bytes() == (folder / name).read_bytes(), name
 
 
+def test_a_student_that_reads_regions(make_teacher, tmp_path, run_cli):
+    model = build_student(make_teacher(), [1], {"proxy_dim": 4, "regions": 3})
+    folder = save(model, tmp_path / "out")
+    assert torch.equal(load(folder)(images(64, 24)), model(images(64, 24)))
+    assert "1 of 2 blocks: 1. Their patches also attend to the means of 3 x 3 parts of the image." in (
+        " ".join((folder / "README.md").read_text().split())
+    )
+    shown = run_cli("describe", str(folder)).stdout
+    assert "attention" in shown
+    assert "gspn2, 3 x 3 regions" in shown
+
+
 def test_what_a_folder_holds(student, tmp_path):
     model = student("hybrid")
     model.pretrained_cfg |= {"label_names": list("abcde"), "file": str(tmp_path), "hf_hub_id": "me/mine"}
@@ -230,6 +242,9 @@ def set_value(*keys, value):
         (set_value("model_args", "gspn_layers", value=5), "describes no model .*; convert the teacher again"),
         (set_value("model_args", "mixer", value=[1]), "describes no model"),
         (set_value("model_args", "mixer", "proxy_dim", value="12"), "describes no model"),
+        (set_value("model_args", "mixer", "regions", value=-3), "describes no model"),
+        (set_value("model_args", "mixer", "regions", value=99), "describes no model"),
+        (set_value("model_args", "mixer", "regions", value="8"), "describes no model"),
         (set_value("model_args", "mixer", "segment", value=-1), "describes no model .*prefix 'exact', segment -1"),
         (set_value("model_args", "mixer", "prefix", value="foo"), "describes no model .*prefix 'foo'"),
         (set_value("model_args", "base", value=5), "describes no model"),

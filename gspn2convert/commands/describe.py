@@ -21,13 +21,18 @@ def _show(document: Document, console: "Console") -> None:
     has_errors = any(layer["error"] is not None for layer in document["layers"])
     titles = ("layer", "mixes tokens by", "parameters", "M MACs", *(["error after stage 0"] if has_errors else []))
     table = [
-        (str(layer["layer"]), layer["kind"], f"{layer['parameters']:,}", millions(layer["macs"]), _error(layer))
+        (str(layer["layer"]), _mixes(layer), f"{layer['parameters']:,}", millions(layer["macs"]), _error(layer))
         for layer in document["layers"]
     ]
     show_table(console, titles, [row[: len(titles)] for row in table])
     share = 100 * cost["scan_macs"] / cost["macs"]
     total = f"{cost['parameters']:,} parameters, {millions(cost['macs'])} M MACs for one image"
     console.print(f"whole model: {total}, {share:.1f} % of them in line scans")
+
+
+def _mixes(layer: dict[str, Any]) -> str:
+    regions = layer["regions"]
+    return f"{layer['kind']}, {regions} x {regions} regions" if regions else str(layer["kind"])
 
 
 def _error(layer: dict[str, Any]) -> str:

@@ -49,6 +49,7 @@ class FreshAttention(Gspn2Mixer):
 
     def __init__(self, attention: Attention) -> None:
         nn.Module.__init__(self)
+        self.regions = 0
         self.attention = copy.deepcopy(attention)
         for layer in (self.attention.qkv, self.attention.proj):
             nn.init.trunc_normal_(layer.weight, std=0.02)

@@ -163,6 +163,7 @@ def test_export_writes_files_that_load(place, run):
 def test_describe_shows_layers_of_both(run, converted):
     found = json.loads(run("describe {}/student --json").stdout)
     assert [layer["kind"] for layer in found["layers"]] == ["gspn2", "gspn2"]
+    assert [layer["regions"] for layer in found["layers"]] == [0, 0]
     expected = [layer["errors"][layer["method"]] for layer in converted["layers"]]
     assert [layer["error"] for layer in found["layers"]] == expected
     assert found["cost"]["parameters"] == converted["parameters"]["student"]
