@@ -1,9 +1,9 @@
 """The GSPN-2 mixer that stands where an attention layer stood.
 
-    y = sum_d U_d [u_d * scan_d(w_d, lam_d * (a D))] / lines_d + LPU(a) + G [mean(a), prefix] + gated prefix + b
+    y = sum_d U_d [u_d * scan_d(w_d, lam_d * (a D))] / lines_d + LPU(a) + G [mean(a), prefix] + read + b
 
 The four scans in a small proxy dimension with channel-shared weights and the LPU follow GSPN-2 (sections 3.2
-and 4.2); the global branch G and the exact prefix read go beyond it.
+and 4.2); the global branch G, the exact prefix read, and what patches read of prefix tokens and regions go beyond it.
 
 Shapes: B batch, N = P + H W tokens, P prefix tokens, C channels, R proxy dimension, H W grid, G groups.
 """
@@ -36,7 +36,7 @@ class Gspn2Mixer(nn.Module):
 
     Args:
         attention: timm `Attention` that is replaced. Its projections serve the prefix read, so their
-            inherited weights stay where there are prefix tokens.
+            inherited weights stay where there are prefix tokens or regions.
         has_prefix: whether class or register tokens precede the patches.
         proxy_dim: R, channels of the scan.
         groups: G, groups of proxy channels that share propagation weights; 1 is the paper's form.
@@ -71,8 +71,6 @@ class Gspn2Mixer(nn.Module):
         dim, device, dtype = weight.shape[1], weight.device, weight.dtype
         if prefix not in ("exact", "pool") or not isinstance(segment, int) or segment < 0:
             raise ValueError(f"prefix {prefix!r}, segment {segment!r}: expected exact or pool, and 0 or more lines")
-        if not isinstance(regions, int) or not 0 <= regions <= 16:
-            raise ValueError(f"regions {regions!r}: expected an integer from 0 to 16")
         self.proxy_dim, self.groups, self.segment, self.regions = proxy_dim, groups, segment, regions
         self.down = nn.Linear(dim, proxy_dim, bias=False, device=device, dtype=dtype)
         # Predicting from a wide latent costs R (8R + 12) instead of C (8R + 12); a narrow one knows too little.
@@ -132,7 +130,7 @@ class Gspn2Mixer(nn.Module):
         prefix_out, share, values = (None, None, None) if self.prefix is None else self.prefix(x, grid)
         out = out.flatten(1, 2)
         if share is not None and values is not None:
-            out = torch.baddbmm(out, share, values)
+            out = torch.baddbmm(out, share, values) if values.ndim == 3 else out + share @ values
         out = out + row.unsqueeze(1)
         return out if prefix_out is None else torch.cat([prefix_out, out], 1)
 
@@ -151,6 +149,7 @@ class Gspn2Mixer(nn.Module):
             residual, lambda: self._read(normed, grid), lambda: self._scan_normed(normed, grid)
         )
         filters, lines = None if self.lpu is None else self.lpu.weight, self._lines(grid)
+        values = None if values is None else values.expand(y.shape[0], -1, -1)
         return merge(normed, y, self.proj.weight, lines, filters, share, values, row, gamma, prefix_out)
 
     def _read(

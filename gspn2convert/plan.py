@@ -48,8 +48,8 @@ def plan(
 
     Returns:
         Layers, parameters and MACs of teacher and student for one image of the size that stages 0 to 2 see, and steps;
-        stage 3 has a row for each of its sizes. "bytes" are memory beyond the two models, as one process needs it, in
-        fp32 on a GPU, or all processes that share the models; "batch_bytes" are what autograd keeps of a batch. Where
+        stage 3 has a row for each of its sizes. "bytes" are memory beyond the two models, of one process, in fp32 on a
+        GPU, and with `shard` of all together; "batch_bytes" are what autograd keeps of a batch, among them. Where
         blocks are chosen in the course of the conversion, "automatic" says how many; the figures are then those of
         keeping the last ones, which cost the same, or none for a budget.
     """

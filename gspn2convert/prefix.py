@@ -1,13 +1,13 @@
-"""Exact reading of class and register tokens, in time linear in the number of tokens, and of an image's regions.
+"""Exact reading of class and register tokens in time linear in the number of tokens, and of an image's regions.
 
 GSPN-2 leaves class tokens to future work. Here the prefix tokens keep the teacher's own softmax
 attention over all tokens, with its inherited weights. Only P queries exist, so the key and value
 projections fold into them: no key or value of a patch is ever formed, and the cost is O(P N C) a head.
-Patches read the prefix tokens back through one gate a head. Where they read regions too, the means of K equal parts
-of the image stand for all patches in the teacher's attention, O(K N C) a head.
+Patches read the prefix tokens back through one gate a head. Or they attend to the prefix tokens and to the means of
+equal parts of the image, its regions, each of which stands for its patches: the teacher's attention at a low
+resolution, and linear in the patches too.
 
-Shapes: B batch, N = P + M tokens, P prefix tokens, M = H W patches, C channels, h heads, d head dimension, K regions,
-S tokens that patches read.
+Shapes: B batch, N = P + M tokens, P prefix tokens, M = H W patches, C channels, h heads, d head dimension.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from timm.layers import Attention
 from torch import Tensor, nn
 
 from gspn2_kernels import Normed, read_prefix
+from gspn2convert.regions import region_means
 
 
 class PrefixRead(nn.Module):
@@ -30,18 +31,24 @@ class PrefixRead(nn.Module):
         has_prefix: whether there are prefix tokens.
         exact: True for the teacher's softmax; False pools all tokens uniformly.
         gate: whether patches read the prefix tokens.
-        regions: rows and columns of regions whose means patches read, 0 for none.
+        regions: rows and columns of regions that patches read, 0 for none.
+
+    Raises:
+        ValueError: of `regions`.
     """
 
     def __init__(
         self, attention: Attention, *, has_prefix: bool = True, exact: bool, gate: bool, regions: int = 0
     ) -> None:
         super().__init__()
+        if not isinstance(regions, int) or not 0 <= regions <= 16:
+            raise ValueError(f"regions {regions!r}: expected an integer from 0 to 16")
         self.num_heads: int = attention.num_heads
         self.head_dim: int = attention.head_dim
         self.scale: float = attention.scale
-        self.has_prefix, self.exact = has_prefix, exact and has_prefix
-        self.gate, self.regions = gate and has_prefix, regions
+        self.exact = exact and has_prefix
+        self.gate = gate and has_prefix
+        self.has_prefix, self.regions = has_prefix, regions
         self.qkv: nn.Linear = attention.qkv
         self.q_norm: nn.Module = attention.q_norm
         self.k_norm: nn.Module = attention.k_norm
@@ -67,31 +74,47 @@ class PrefixRead(nn.Module):
 
         Returns:
             (B, P, C), equal to the rows of the teacher's attention output when `exact`, None without prefix tokens;
-            then, None where patches read nothing, how much each patch takes, (B, M, S h), of S h values (B, S h, C):
-            the product of the two is the share of what is read in the patches' attention output.
+            then, None where patches read nothing, how much each patch takes, (B, M, S), of S values (B, S, C), or
+            (S, C) for those of all images: the product of the two is what is read in the patches' attention output.
         """
         prefix = x.shape[1] - grid[0] * grid[1]
-        if not (self.exact or self.gate or self.regions):
-            return self._read(x, prefix, None), None, None
-        tokens = x[:, :prefix]
+        out, share, values = self._exchange(x, prefix) if self.has_prefix else (None, None, None)
         if self.regions:
-            tokens = torch.cat([tokens, region_means(x[:, prefix:].unflatten(1, grid), self.regions)], 1)
-        projected = _by_rows(self.qkv, tokens)
+            share, values = self._attend(x, prefix, grid), self.proj.weight.T
+        return out, share, values
+
+    def _exchange(self, x: Tensor, prefix: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """What prefix tokens read, and what patches read of them through the gate: as `forward`."""
+        if not self.exact and self.log_sum is None:
+            return self._read(x, prefix, None), None, None
+        projected = _by_rows(self.qkv, x[:, :prefix])
         query, key, value = projected.unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)
-        first = 0 if self.gate else prefix
-        query, key, value = query[:, :prefix], key[:, first:], value[:, first:]
-        read, gate = (self._folded_scores if self._folds() else self._scores)(x, query, key)
-        out = self._read(x, prefix, read) if self.has_prefix else None
+        read, gate = self._folded_scores(x, query, key) if self._folds() else self._scores(x, query)
+        out = self._read(x, prefix, read)
         if gate is None:
             return out, None, None
-        # Softmax over the prefix tokens and the mass of all patches, exact where log_sum is; or the means of regions.
+        # Softmax over the prefix tokens and the mass of all patches: exact where log_sum is.
         share = gate.softmax(2, dtype=torch.float32).to(x.dtype).flatten(2)
         weight = self.proj.weight.view(-1, self.num_heads, self.head_dim)
+        # The mass of the patches brings nothing.
         values = torch.einsum("bphd,chd->bphc", value, weight)
-        if self.log_sum is not None:
-            # The mass of the patches brings nothing.
-            values = torch.cat([values, values.new_zeros(values.shape[0], 1, *values.shape[2:])], 1)
-        return out, share, values.flatten(1, 2)
+        nothing = values.new_zeros(values.shape[0], 1, *values.shape[2:])
+        return out, share, torch.cat([values, nothing], 1).flatten(1, 2)
+
+    def _attend(self, x: Tensor, prefix: int, grid: tuple[int, int]) -> Tensor:
+        """What patches read by attention to prefix tokens and regions, before the projection, (B, M, h d)."""
+        patches = x[:, prefix:]
+        tokens = region_means(patches.unflatten(1, grid), self.regions)
+        count = tokens.shape[1]
+        if self.gate:
+            tokens = torch.cat([x[:, :prefix], tokens], 1)
+        query, key, value = (self._heads(of, i).transpose(1, 2) for i, of in enumerate((patches, tokens, tokens)))
+        scores = self.scale * self.q_norm(query) @ self.k_norm(key).mT
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        # A region stands for its patches.
+        sizes = scores.new_full((count,), patches.shape[1]) / count
+        weights = (scores + F.pad(sizes.log(), (tokens.shape[1] - count, 0))).softmax(-1)
+        return (weights.to(x.dtype) @ value).transpose(1, 2).flatten(2)
 
     def of_normed(self, normed: Normed, grid: tuple[int, int]) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The same of normed tokens, for inference: where they are not written, and can stay so, by kernels.
@@ -123,69 +146,50 @@ class PrefixRead(nn.Module):
         return (self.scale * q @ k.transpose(2, 3)).logsumexp(-1).transpose(1, 2)
 
     def _folded_scores(self, x: Tensor, query: Tensor, key: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Scores of all tokens for the prefix tokens, and of what patches read for the patches.
+        """Scores of all tokens for the prefix tokens, and of prefix tokens and mass for the patches.
 
-        All are products of tokens with vectors that depend on the read tokens alone: one product makes them, and
+        All are products of tokens with vectors that depend on the prefix tokens alone: one product makes them, and
         reads the tokens once.
 
         Args:
             x: (B, N, C).
             query: (B, P, h, d), of the prefix tokens.
-            key: (B, S, h, d), of the tokens that patches read.
+            key: (B, P, h, d), of the prefix tokens.
 
         Returns:
-            (B, N, P h) and padding, None when not `exact`; (B, M, S, h), the mass last where there is one, or None if
-            patches read nothing.
+            (B, N, P h) and padding, None when not `exact`; (B, M, P + 1, h), the mass last, or None without a gate.
         """
-        prefix, rows, columns = query.shape[1], [], 0
+        prefix, rows, first = query.shape[1], [], 0
         weight, bias = self._weights()
-        if self.gate or self.regions:
-            # Keys fold into the weights of patches' queries.
-            rows = [torch.einsum("bshd,hdc->bshc", self.scale * key, weight[0]).flatten(1, 2)]
-            columns = key.shape[1] * self.num_heads
+        # Keys of prefix tokens fold into the weights of patches' queries; and queries into those of keys, whose bias
+        # shifts all scores of a query alike: the softmax does not see it.
+        folded = torch.einsum("sbphd,shdc->bsphc", self.scale * torch.stack([key, query]), weight[:2])
         if self.log_sum is not None:
-            rows.append(self.log_sum.weight.expand(x.shape[0], -1, -1))
-            columns += self.num_heads
+            rows = [folded[:, 0].flatten(1, 2), self.log_sum.weight.expand(x.shape[0], -1, -1)]
+            first = (prefix + 1) * self.num_heads
         if self.exact:
-            # Queries fold into the weights of keys, whose bias shifts all scores of a query alike: the softmax does
-            # not see it. Products with columns in other than eights are slow ones on a GPU.
-            folded = torch.einsum("bphd,hdc->bphc", self.scale * query, weight[1]).flatten(1, 2)
-            rows += [x.new_zeros(x.shape[0], -columns % 8, x.shape[2]), folded]
+            # Products with columns in other than eights are slow ones on a GPU.
+            rows += [x.new_zeros(x.shape[0], -first % 8, x.shape[2]), folded[:, 1].flatten(1, 2)]
             rows += [x.new_zeros(x.shape[0], -prefix * self.num_heads % 8, x.shape[2])]
         scores = x @ torch.cat([part for part in rows if part.shape[1]], 1).mT
-        read = scores[..., columns + -columns % 8 :] if self.exact else None
-        if not columns:
+        read = scores[..., first + -first % 8 :] if self.exact else None
+        if self.log_sum is None:
             return read, None
-        gate = scores[:, prefix:, :columns].unflatten(2, (-1, self.num_heads))
-        level = key.new_zeros(key.shape[:3]) if bias is None else self.scale * (key * bias[0]).sum(-1)
-        level = self._weigh(level, 1, x.shape[1] - prefix)
-        if self.log_sum is not None:
-            level = torch.cat([level, self.log_sum.bias.expand(x.shape[0], 1, -1)], 1)
+        gate = scores[:, prefix:, :first].unflatten(2, (prefix + 1, self.num_heads))
+        constant = key.new_zeros(key.shape[:3]) if bias is None else self.scale * (key * bias[0]).sum(-1)
+        level = torch.cat([constant, self.log_sum.bias.expand(x.shape[0], 1, -1)], 1)
         return read, gate + level.unsqueeze(1)
 
-    def _scores(self, x: Tensor, query: Tensor, key: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def _scores(self, x: Tensor, query: Tensor) -> tuple[Tensor, Tensor | None]:
         """The same where queries or keys are normed, which takes those of the patches."""
-        prefix, read = query.shape[1], None
-        if self.exact:
-            keys = self.k_norm(self._heads(x, 1))
-            read = torch.einsum("bphd,bnhd->bnph", self.scale * self.q_norm(query), keys).flatten(2)
-        if not (self.gate or self.regions):
+        prefix = query.shape[1]
+        key = self.k_norm(self._heads(x, 1))
+        read = torch.einsum("bphd,bnhd->bnph", self.scale * self.q_norm(query), key).flatten(2)
+        if self.log_sum is None:
             return read, None
         patches = x[:, prefix:]
-        queries = self.scale * self.q_norm(self._heads(patches, 0))
-        gate = self._weigh(torch.einsum("bmhd,bshd->bmsh", queries, self.k_norm(key)), 2, patches.shape[1])
-        if self.log_sum is not None:
-            gate = torch.cat([gate, self.log_sum(patches).unsqueeze(2)], 2)
-        return read, gate
-
-    def _weigh(self, scores: Tensor, dim: int, patches: int) -> Tensor:
-        """Raise the scores of regions, the last along a dimension: each stands for a part of the patches."""
-        if not self.regions:
-            return scores
-        regions = self.regions**2
-        alone, raised = scores.split([scores.shape[dim] - regions, regions], dim)
-        share = scores.new_full((), patches, dtype=torch.float32) / regions
-        return torch.cat([alone, raised + share.log().to(scores.dtype)], dim)
+        gate = torch.einsum("bmhd,bphd->bmph", self.scale * self.q_norm(self._heads(patches, 0)), key[:, :prefix])
+        return read, torch.cat([gate, self.log_sum(patches).unsqueeze(2)], 2)
 
     def _read(self, x: Tensor, prefix: int, scores: Tensor | None) -> Tensor:
         """What prefix tokens read (B, P, C), by their scores of all tokens or, when not `exact`, uniformly."""
@@ -208,33 +212,10 @@ class PrefixRead(nn.Module):
         return self.qkv.weight.view(*shape, -1), None if self.qkv.bias is None else self.qkv.bias.view(shape)
 
     def _heads(self, x: Tensor, which: int) -> Tensor:
-        """Project tokens (B, n, C) to the heads' queries (0) or keys (1), (B, n, h, d)."""
+        """Project tokens (B, n, C) to the heads' queries (0), keys (1) or values (2), (B, n, h, d)."""
         weight, bias = self._weights()
         projected = F.linear(x, weight[which].flatten(0, 1), None if bias is None else bias[which].flatten())
         return projected.unflatten(-1, (self.num_heads, self.head_dim))
-
-
-def region_means(patches: Tensor, regions: int) -> Tensor:
-    """Means of the equal parts of a grid.
-
-    Args:
-        patches: (B, H, W, C).
-        regions: rows and columns of parts; a patch on a border counts on both sides by its share.
-
-    Returns:
-        (B, regions^2, C), row by row.
-    """
-    rows, columns = (_overlaps(size, regions, patches) for size in patches.shape[1:3])
-    means = rows @ (columns @ patches).flatten(2)
-    return means.unflatten(2, (regions, -1)).flatten(1, 2)
-
-
-def _overlaps(size: int, regions: int, like: Tensor) -> Tensor:
-    """What each position of a line (size,) is of each of its equal parts, (regions, size); each part's sum is 1."""
-    edges = torch.arange(regions + 1, device=like.device, dtype=torch.float32).unsqueeze(1) * size / regions
-    start = torch.arange(size, device=like.device, dtype=torch.float32)
-    overlap = torch.minimum(start + 1, edges[1:]) - torch.maximum(start, edges[:-1])
-    return (overlap.clamp_min(0) * regions / size).to(like.dtype)
 
 
 def _by_rows(linear: nn.Linear, tokens: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
-from accelerate.utils import broadcast
 from torch import Tensor, nn
 
 
@@ -29,7 +28,9 @@ def world_mean(x: Tensor) -> Tensor:
 
 def start_alike(module: nn.Module) -> None:
     """Give a module the first process's weights and buffers in all of them."""
-    broadcast(module.state_dict())
+    if several():
+        for tensor in module.state_dict().values():
+            dist.broadcast(tensor, 0)
 
 
 @torch.no_grad()

@@ -124,8 +124,8 @@ class Objective(nn.Module):
 class AlignStage(Objective):
     """Layer-wise alignment: one teacher pass gives every converted layer its input and its target.
 
-    The mixers' own parameters train; what they inherited for the prefix read stays as it is, since on the
-    teacher's inputs it is exact already.
+    The mixers' own parameters train; what they inherited to read prefix tokens and regions stays as it is: on the
+    teacher's inputs the prefix tokens read exactly what they should already.
     """
 
     def __init__(self, student: Gspn2Vit, teacher: VisionTransformer) -> None:

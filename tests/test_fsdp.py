@@ -188,9 +188,9 @@ def alone(tmp_path_factory):
     return folder
 
 
-def test_a_sharded_run_gives_the_losses_and_the_student_of_ddp(folder):
-    assert len(losses(folder / "ddp")) == 3 + 3 + 1
-    assert_same_end(folder / "sharded", folder / "ddp")
+def test_a_sharded_run_gives_the_losses_and_the_student_of_one_that_is_not(folder):
+    assert len(losses(folder / "whole")) == 3 + 3 + 1
+    assert_same_end(folder / "sharded", folder / "whole")
 
 
 def test_a_sharded_run_gives_the_losses_and_the_student_of_one_process(folder, alone):
@@ -267,7 +267,7 @@ def main(folder, ports):
         os.environ["MASTER_PORT"] = next(ports)
         convert(folder / name, **options)
 
-    together("ddp")
+    together("whole")
     together("sharded", shard=True)
     together("stopped by one", shard=True, resume=True)
     with pytest.raises(Interrupted, match="stage recover after 3 of 6"):  # asked of the one that does not write

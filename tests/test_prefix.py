@@ -5,7 +5,8 @@ import torch
 from timm.layers import Attention, LayerNorm
 from torch import Tensor
 
-from gspn2convert.prefix import PrefixRead, region_means
+from gspn2convert.prefix import PrefixRead
+from gspn2convert.regions import region_means
 
 DIM, HEADS = 24, 3
 
@@ -111,10 +112,11 @@ def test_pooling_reads_the_mean_value() -> None:
     assert share is values is None
 
 
+@pytest.mark.parametrize("regions", [0, 3])
 @torch.no_grad()
-def test_half_precision_follows_single() -> None:
+def test_half_precision_follows_single(regions: int) -> None:
     attention, x = make_attention(), make_tokens(5)
-    read = PrefixRead(attention, exact=True, gate=True)
+    read = PrefixRead(attention, exact=True, gate=True, regions=regions)
     single = read(x, (5, 7))
     half = read.to(torch.bfloat16)(x.bfloat16(), (5, 7))
     for ours, reference in ((half[0], single[0]), (half[1] @ half[2], single[1] @ single[2])):

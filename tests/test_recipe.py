@@ -105,6 +105,7 @@ def test_bundled_recipes() -> None:
         "siglip2_base",
         "vit_base_imagenet",
     ]
+    assert [load_recipe(name).name for name in recipe_names()] == recipe_names()
     assert load_recipe("demo").mixer.resolve(96)["proxy_dim"] == 24
     assert load_recipe("default").mixer.resolve(768)["proxy_dim"] == 96
     paper = load_recipe("paper").mixer

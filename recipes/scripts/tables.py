@@ -66,8 +66,8 @@ def dinov2_probes(found: Document) -> list[str]:
         for key in ("knn", "linear")
     )
     return [
-        f"On Fashion-MNIST at 224 px, of which training saw 6,000 unlabelled images, k-NN finds {knn}, a linear probe"
-        f" {linear}."
+        "On Fashion-MNIST at 224 px, of which training saw 6,000 unlabelled images, k-NN finds with these students"
+        f" {knn}, a linear probe {linear}."
     ]
 
 
@@ -126,7 +126,10 @@ def throughput(found: Document) -> list[str]:
     one = found["1"]
     kinds = ("with the mixer term", "without it")
     rows = [
-        (f"images/s, GPUs: {gpus}", *(f"{run[kind]['images_per_second']:.0f}" for kind in kinds))
+        (
+            f"images/s, GPUs: {gpus}{' (DDP)' * (gpus != '1')}",
+            *(f"{run[kind]['images_per_second']:.0f}" for kind in kinds),
+        )
         for gpus, run in found.items()
     ]
     if two := found.get("2"):

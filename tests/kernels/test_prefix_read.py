@@ -196,9 +196,10 @@ def test_module_gives_the_same_without_the_op(shape, dtype: torch.dtype) -> None
     read = prefix_read(dtype, channels, heads)
     x = torch.randn(batch, tokens, channels, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype) + 0.5
     norm = draw_norm(x)
-    of_normed = read.of_normed(unwritten(*norm.values(), prefix=prefix))
+    grid = (1, tokens - prefix)
+    of_normed = read.of_normed(unwritten(*norm.values(), prefix=prefix), grid)
     # Plain torch has no columns that fill up, and rounds scores and weights as well.
-    runs = read(tokens_of(norm).to(dtype), prefix), of_normed
+    runs = read(tokens_of(norm).to(dtype), grid), of_normed
     parts = [(out, share @ values) for out, share, values in runs]
     for name, expected, actual in zip(("read", "gated"), *parts, strict=True):
         assert_close(name, expected, actual, 4 * TOLERANCES[dtype])

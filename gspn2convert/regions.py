@@ -1,0 +1,37 @@
+"""The means of an image's regions: equal parts of its grid, whose borders may cut through patches.
+
+Shapes: B batch, H W grid, C channels.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def region_means(patches: Tensor, side: int) -> Tensor:
+    """Means of the equal parts of a grid.
+
+    Args:
+        patches: (B, H, W, C).
+        side: rows and columns of parts; a patch that a border cuts counts on both sides by its share.
+
+    Returns:
+        (B, side^2, C), row by row.
+    """
+    height, width = patches.shape[1:3]
+    means = (_overlaps(width, side, patches) @ patches) * side / width
+    means = (_overlaps(height, side, patches) @ means.flatten(2)) * side / height
+    return means.unflatten(2, (side, -1)).flatten(1, 2)
+
+
+def _overlaps(size: int, side: int, like: Tensor) -> Tensor:
+    """How much of each position of a line is in each of its parts, (side, size).
+
+    Multiples of 1 / side, which are exact in any dtype where that is a power of two.
+    """
+    wide = torch.promote_types(like.dtype, torch.float32)
+    edges = torch.arange(side + 1, device=like.device, dtype=wide).unsqueeze(1) * size / side
+    start = torch.arange(size, device=like.device, dtype=wide)
+    overlap = torch.minimum(start + 1, edges[1:]) - torch.maximum(start, edges[:-1])
+    return overlap.clamp_min(0).to(like.dtype)
