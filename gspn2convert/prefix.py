@@ -41,7 +41,7 @@ class PrefixRead(nn.Module):
         self, attention: Attention, *, has_prefix: bool = True, exact: bool, gate: bool, regions: int = 0
     ) -> None:
         super().__init__()
-        if not isinstance(regions, int) or not 0 <= regions <= 16:
+        if type(regions) is not int or not 0 <= regions <= 16:
             raise ValueError(f"regions {regions!r}: expected an integer from 0 to 16")
         self.num_heads: int = attention.num_heads
         self.head_dim: int = attention.head_dim
@@ -80,7 +80,9 @@ class PrefixRead(nn.Module):
         prefix = x.shape[1] - grid[0] * grid[1]
         out, share, values = self._exchange(x, prefix) if self.has_prefix else (None, None, None)
         if self.regions:
-            share, values = self._attend(x, prefix, grid), self.proj.weight.T
+            # Without gradients a view of a weight seems to need one, which those who follow modules stumble over.
+            weight = self.proj.weight if torch.is_grad_enabled() else self.proj.weight.detach()
+            share, values = self._attend(x, prefix, grid), weight.T
         return out, share, values
 
     def _exchange(self, x: Tensor, prefix: int) -> tuple[Tensor, Tensor | None, Tensor | None]:

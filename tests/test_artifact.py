@@ -245,6 +245,7 @@ def set_value(*keys, value):
         (set_value("model_args", "mixer", "regions", value=-3), "describes no model"),
         (set_value("model_args", "mixer", "regions", value=99), "describes no model"),
         (set_value("model_args", "mixer", "regions", value="8"), "describes no model"),
+        (set_value("model_args", "mixer", "regions", value=True), "describes no model"),
         (set_value("model_args", "mixer", "segment", value=-1), "describes no model .*prefix 'exact', segment -1"),
         (set_value("model_args", "mixer", "prefix", value="foo"), "describes no model .*prefix 'foo'"),
         (set_value("model_args", "base", value=5), "describes no model"),

@@ -127,7 +127,7 @@ def test_half_precision_follows_single(regions: int) -> None:
 def test_cost_is_linear_in_the_tokens(regions: int) -> None:
     read, counts = PrefixRead(make_attention(), exact=True, gate=True, regions=regions), []
     for patches in (100, 200, 400):
-        with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+        with torch.no_grad(), torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
             read(make_tokens(1, patches), (10, patches // 10))
         counts.append(counter.get_total_flops())
     # Doubling the patches adds as much as they brought; what is left over does not depend on them.
