@@ -109,7 +109,7 @@ def reading(row: Document) -> str:
     """What else the mixers of a row do; early rows name their recipe alone."""
     recipe = row["recipe"]
     regions = 0 if isinstance(recipe, str) else recipe["mixer"].get("regions", 0)
-    return f", the others read {regions} x {regions} regions" if regions else ""
+    return f", mixers read {regions} x {regions} regions" if regions else ""
 
 
 def self_agreement(found: Document) -> list[str]:
@@ -126,10 +126,7 @@ def throughput(found: Document) -> list[str]:
     one = found["1"]
     kinds = ("with the mixer term", "without it")
     rows = [
-        (
-            f"images/s, GPUs: {gpus}{' (DDP)' * (gpus != '1')}",
-            *(f"{run[kind]['images_per_second']:.0f}" for kind in kinds),
-        )
+        (f"images/s, GPUs: {gpus}", *(f"{run[kind]['images_per_second']:.0f}" for kind in kinds))
         for gpus, run in found.items()
     ]
     if two := found.get("2"):
@@ -143,17 +140,17 @@ def throughput(found: Document) -> list[str]:
 
 def costs(found: Document) -> list[str]:
     """Parameters, and MACs at growing sizes; token mixing alone is attention against mixers."""
-    reading = [name for name in found["parameters"] if name.startswith("regions")]
+    students = [name for name in found["parameters"] if name.startswith("regions")]
     millions = [f"{found['parameters'][name] / 1e6:.1f} M" for name in ("teacher", "student")]
-    rows = [["parameters", "", *millions, *[""] * (2 + len(reading))]]
+    rows = [["parameters", "", *millions, *[""] * (2 + len(students))]]
     for size in found["sizes"]:
         both = size["teacher"], size["student"]
         fewer = [f"{both[0][part] / both[1][part]:.2f}x" for part in ("all", "mixing")]
         macs = [f"{one['all'] / 1e9:,.1f} G" for one in both]
-        less = [f"{both[0]['all'] / size[name]['all']:.2f}x" for name in reading]
+        less = [f"{both[0]['all'] / size[name]['all']:.2f}x" for name in students]
         rows.append([f"MACs at {size['pixels']} px", f"{both[0]['tokens']:,}", *macs, *fewer, *less])
     head = (f"`{found['teacher']}`, recipe `{found['recipe']}`", "patches", "teacher", "student")
-    return grid((*head, "ratio", "ratio, mixing alone", *(f"ratio with `{name}`" for name in reading)), rows)
+    return grid((*head, "ratio", "ratio, mixing alone", *(f"ratio with `{name}`" for name in students)), rows)
 
 
 TABLES: dict[str, tuple[str, Callable[[Document], list[str]]]] = {
