@@ -111,12 +111,13 @@ class PrefixRead(nn.Module):
         if self.gate:
             tokens = torch.cat([x[:, :prefix], tokens], 1)
         query, key, value = (self._heads(of, i).transpose(1, 2) for i, of in enumerate((patches, tokens, tokens)))
-        scores = self.scale * self.q_norm(query) @ self.k_norm(key).mT
-        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
         # A region stands for its patches.
-        sizes = scores.new_full((count,), patches.shape[1]) / count
-        weights = (scores + F.pad(sizes.log(), (tokens.shape[1] - count, 0))).softmax(-1)
-        return (weights.to(x.dtype) @ value).transpose(1, 2).flatten(2)
+        size = query.new_full((count,), patches.shape[1]) / count
+        level = F.pad(size.log(), (tokens.shape[1] - count, 0)).expand(1, 1, 1, -1)
+        read = F.scaled_dot_product_attention(
+            self.q_norm(query), self.k_norm(key), value, attn_mask=level, scale=self.scale
+        )
+        return read.transpose(1, 2).flatten(2)
 
     def of_normed(self, normed: Normed, grid: tuple[int, int]) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The same of normed tokens, for inference: where they are not written, and can stay so, by kernels.

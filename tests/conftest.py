@@ -87,9 +87,9 @@ def make_pair(make_teacher: MakeTeacher) -> Callable[..., tuple[VisionTransforme
     from gspn2convert.model import build_student
     from gspn2convert.recipe import Mixer
 
-    def make(layers=(0, 1), **changes):
+    def make(layers=(0, 1), regions=0, **changes):
         teacher = make_teacher(**{"reg_tokens": 2, "init_values": 0.5} | changes)
-        student = build_student(teacher, list(layers), Mixer(proxy_dim=6).resolve(32))
+        student = build_student(teacher, list(layers), Mixer(proxy_dim=6, regions=regions).resolve(32))
         generator = torch.Generator().manual_seed(2)
         for parameter in student.parameters():
             parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)

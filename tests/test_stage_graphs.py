@@ -13,15 +13,18 @@ from gspn2convert.recover import RecoverStage, tapped_tokens
 from gspn2convert.stage import COMPILED, AlignStage
 from helpers.stages import IMAGES, LOSSES, deviations, make_recover
 
+REGIONS = pytest.mark.parametrize("regions", [0, 3], ids=["plain", "regions"])
 
+
+@REGIONS
 @pytest.mark.parametrize("cast", [False, True], ids=["fp32", "autocast"])
 @pytest.mark.parametrize("kept", [(), (2,)], ids=["pure", "hybrid"])
-def test_compiled_parts_give_what_the_pass_gives(make_pair, monkeypatch, kept, cast):
+def test_compiled_parts_give_what_the_pass_gives(make_pair, monkeypatch, kept, cast, regions):
     """And are compiled once for all blocks alike, whatever taps listen to."""
     pytest.importorskip("triton")
     counter, compile_ = CompileCounterWithBackend("aot_eager"), torch.compile
     monkeypatch.setattr(torch, "compile", lambda call, **how: compile_(call, backend=counter, fullgraph=True, **how))
-    stage = make_recover(*make_pair(depth=4, layers=[i for i in range(4) if i not in kept]))
+    stage = make_recover(*make_pair(depth=4, regions=regions, layers=[i for i in range(4) if i not in kept]))
     tapped = tapped_tokens(0.0, 27)
 
     def run():
@@ -64,9 +67,10 @@ HOW = pytest.mark.parametrize(
 
 
 @pytest.mark.gpu
+@REGIONS
 @HOW
-def test_cuda_graphs_give_what_the_pass_gives(make_pair, dtype, steps):
-    student, teacher = (model.cuda() for model in make_pair())
+def test_cuda_graphs_give_what_the_pass_gives(make_pair, dtype, steps, regions):
+    student, teacher = (model.cuda() for model in make_pair(regions=regions))
     spread = deviations(teacher, IMAGES.cuda())
     stage = RecoverStage(student, teacher.to(dtype), LOSSES, spread).cuda()
 
@@ -95,9 +99,10 @@ def test_cuda_graphs_give_what_the_pass_gives(make_pair, dtype, steps):
 
 
 @pytest.mark.gpu
+@REGIONS
 @HOW
-def test_the_graph_of_align_gives_what_the_pass_gives(make_pair, dtype, steps):
-    student, teacher = (model.cuda() for model in make_pair())
+def test_the_graph_of_align_gives_what_the_pass_gives(make_pair, dtype, steps, regions):
+    student, teacher = (model.cuda() for model in make_pair(regions=regions))
     stage = AlignStage(student, teacher.to(dtype))
     autocast = {"device_type": "cuda", "dtype": torch.bfloat16, "enabled": dtype == torch.bfloat16}
     with torch.autocast(**autocast):
@@ -148,9 +153,10 @@ def test_recorded_steps_are_those_of_the_optimizer(make_pair, kind):
 
 
 @pytest.mark.gpu
-def test_compiled_graphs_in_bf16_are_as_exact_as_the_pass(make_pair):
+@REGIONS
+def test_compiled_graphs_in_bf16_are_as_exact_as_the_pass(make_pair, regions):
     """By their distances from the same pass in fp32."""
-    student, teacher = (model.cuda() for model in make_pair(depth=4, layers=(0, 1, 3)))
+    student, teacher = (model.cuda() for model in make_pair(depth=4, layers=(0, 1, 3), regions=regions))
     stage = RecoverStage(student, teacher, LOSSES, deviations(teacher, IMAGES.cuda())).cuda()
     with torch.autocast("cuda", torch.bfloat16):
         stage.record(IMAGES.cuda(), COMPILED)

@@ -2,9 +2,9 @@
 
     python kernels/benchmarks/models.py --output kernels/benchmarks/results/models.json
 
-All layers are converted, with the proxy dimension of recipe `default` (C/8 = 96). The weights are random: the time does
-not depend on them. Both models run in CUDA graphs, the teacher with PyTorch's fused attention; with --compile, both
-through torch.compile.
+All layers are converted, with the proxy dimension of recipe `default` (C/8 = 96), and with --regions they read as many.
+The weights are random: the time does not depend on them. Both models run in CUDA graphs, the teacher with PyTorch's
+fused attention; with --compile, both through torch.compile.
 """
 
 import argparse
@@ -28,12 +28,14 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="bf16")
     parser.add_argument("--sizes", type=int, nargs="+", default=[size for size, _ in SIZES], help="pixels")
+    parser.add_argument("--regions", type=int, default=0, help="mixer.regions of the student [%(default)s]")
     parser.add_argument("--compile", action="store_true", help="run both models through torch.compile")
     parser.add_argument("--commit", help="of the source, for a copy without its git history; default: ask git")
     parser.add_argument("--output", type=Path, help="JSON file for the results")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
-    results = run(arguments.model, device, arguments.dtype, arguments.sizes, compiled=arguments.compile)
+    how = {"regions": arguments.regions, "compiled": arguments.compile}
+    results = run(arguments.model, device, arguments.dtype, arguments.sizes, **how)
     if arguments.commit:
         results["environment"]["commit"] = arguments.commit
     if arguments.output:
@@ -41,9 +43,11 @@ def main() -> None:
         arguments.output.write_text(json.dumps(results, indent=1) + "\n")
 
 
-def run(model: str, device: torch.device, dtype: str, sizes: list[int], *, compiled: bool) -> dict[str, Any]:
+def run(
+    model: str, device: torch.device, dtype: str, sizes: list[int], *, regions: int, compiled: bool
+) -> dict[str, Any]:
     """Time both models at every size."""
-    teacher, student = teacher_and_student(model)
+    teacher, student = teacher_and_student(model, regions=regions)
     rows, environment = [], {}
     for size in sizes:
         batch = dict(SIZES).get(size, 1)
@@ -62,6 +66,7 @@ def run(model: str, device: torch.device, dtype: str, sizes: list[int], *, compi
     return {
         "model": model,
         "dtype": dtype,
+        "regions": regions,
         "compiled": compiled,
         "sizes": rows,
         "crossover": found,
