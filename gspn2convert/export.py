@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -29,6 +30,8 @@ from gspn2convert.vit import has_head, public_cfg
 
 if TYPE_CHECKING:
     import onnx_ir
+
+logger = logging.getLogger(__name__)
 
 INPUT = "image"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
@@ -81,6 +84,7 @@ def export_onnx(
     path = Path(path)
     _check_packages()
     _check_target(path, dtype)
+    logger.info("translating and comparing, which can take a minute")
     model = copy.deepcopy(student).cpu().float().eval().requires_grad_(False)
     model.set_grad_checkpointing(False)
     sizes = free_sizes(model, size) if static is None else static_sizes(model, static)

@@ -66,6 +66,10 @@ def check_origin(folder: Path, teacher: VisionTransformer, remedy: str = "name t
 
 
 def recipe_of(given: Gspn2Vit, recipe: Recipe) -> Recipe:
-    """The recipe with the mixers and the attention that a given student has, whatever the recipe asks for."""
+    """The recipe with the mixers and the attention that a given student has; tell where it asks for other mixers."""
     mixer = {name: value for name, value in given._model_args["mixer"].items() if name != "has_prefix"}
+    asked = recipe.mixer.resolve(given.embed_dim)
+    own = [f"{name} {value}, not {asked[name]}" for name, value in mixer.items() if value != asked[name]]
+    if own:
+        logger.warning("the student keeps its own mixers, and not those of recipe %s: %s", recipe.name, "; ".join(own))
     return replace(recipe, mixer=Mixer(**mixer), keep=",".join(map(str, kept_blocks(given))) or "none")

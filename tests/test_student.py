@@ -106,11 +106,15 @@ def test_the_recipe_cannot_make_it_keep_other_blocks(run, tmp_path):
     assert "layer.1" not in found["history"][0]
 
 
-def test_its_own_mixers_count_in_the_recipe_and_in_the_plan(run, save_teacher, tmp_path):
+def test_its_own_mixers_count_in_the_recipe_and_in_the_plan(run, save_teacher, tmp_path, caplog):
     wide, narrow = (RECIPE.replace("proxy_dim: 8", f"proxy_dim: {proxy_dim}") for proxy_dim in (16, 4))
     run("fit", stages=(0,), recipe=wide, keep="1")
     run("on", stages=(1,), recipe=narrow, student=tmp_path / "fit")
     assert load_recipe(tmp_path / "on" / "recipe.yaml").mixer.proxy_dim == 16
+    assert "its own mixers, and not those of recipe onward: proxy_dim 16, not 4" in caplog.text
+    caplog.clear()
+    run("further", stages=(1,), recipe=wide, student=tmp_path / "fit")
+    assert "its own mixers" not in caplog.text
     teacher, what = str(save_teacher("again")), parse_recipe(narrow, "test")
     found = plan(teacher, what, student=tmp_path / "fit")
     assert found == plan(teacher, parse_recipe(wide, "test"), stages=(1, 2, 3), keep="1")

@@ -1,6 +1,5 @@
 """`gspn2convert export`: a student as one ONNX or safetensors file."""
 
-import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +11,6 @@ from gspn2convert.commands.report import Document, ReportCommand, show_table
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-logger = logging.getLogger(__name__)
 
 _MEBI = 2**20
 
@@ -69,7 +66,6 @@ def command(
     path = output or folder / default_name(kind, dtype, static)
     if kind == "safetensors":
         return export_safetensors(student, path, dtype=dtype)
-    logger.info("translating and comparing, which can take a minute")
     source = {"teacher": teacher_name(folder), "recipe": str(metrics_of(folder).get("recipe", ""))}
     return export_onnx(student, path, dtype=dtype, size=size, static=static, metadata=source)
 
