@@ -27,6 +27,19 @@ def models(found: Document) -> list[str]:
     return grid((head, *columns), [*rows, ("speed", *(f"{one['speedup']:.2f}x" for one in sizes))])
 
 
+def models_regions(found: Document) -> list[str]:
+    """The same of a student whose mixers read regions; one sentence."""
+    sizes = found["sizes"]
+    times, ratios = (
+        f"{', '.join(texts[:-1])} and {texts[-1]}"
+        for texts in (
+            [f"{one['student']['median_ms']:.2f}" for one in sizes],
+            [f"{one['speedup']:.2f}" for one in sizes],
+        )
+    )
+    return [f"With `regions: {found['regions']}` the student takes {times} ms, {ratios} times as fast as its teacher."]
+
+
 def sublayers(found: Document) -> list[str]:
     """How much faster a mixer's sub-layer is than attention's; one sentence."""
     pairs = _pairs(found, "time")
@@ -34,8 +47,8 @@ def sublayers(found: Document) -> list[str]:
     mixer = pairs[0][1]
     return [
         f"The sub-layer alone, from norm to residual, {mixer['batch']} images of C = {mixer['channels']}, R ="
-        f" {mixer['proxy']} ({found['device']}): {' and '.join(ratios)} patches as fast as",
-        f"cuDNN's attention. These are CUDA graphs: launched from Python, {mixer['eager_ms']:.2f} ms at"
+        f" {mixer['proxy']} ({found['device']}): {' and '.join(ratios)} patches as fast as"
+        f" cuDNN's attention. These are CUDA graphs: launched from Python, {mixer['eager_ms']:.2f} ms at"
         f" {mixer['height']}x{mixer['width']} instead of {mixer['ms']:.2f}.",
     ]
 
@@ -77,8 +90,8 @@ def onnx_model(found: Document) -> list[str]:
     return [
         f"ONNX Runtime {found['onnxruntime']}, {found['device']}, `{case['model']}` at {case['images'][2]} px, batch"
         f" {case['images'][0]}, {case['dtype']}: teacher {ms['teacher, CUDA graph']:.1f} ms, student {best:.1f} ms"
-        f" ({ms['teacher']:.1f} and {ms['student']:.1f} without CUDA graphs),",
-        f"{ms['teacher, CUDA graph'] / best:.1f} times as fast. PyTorch runs this student in {torch:.1f} ms: ONNX"
+        f" ({ms['teacher']:.1f} and {ms['student']:.1f} without CUDA graphs),"
+        f" {ms['teacher, CUDA graph'] / best:.1f} times as fast. PyTorch runs this student in {torch:.1f} ms: ONNX"
         f" Runtime takes {best / torch:.2f} times as long.",
     ]
 

@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PLACE = re.compile(r"(<!-- table:(\w+) -->\n).*?(?=<!-- end -->)", re.DOTALL)
 PAGES = ("README.md", "recipes/README.md", "kernels/README.md")
 STAGES = {"fit": "stage 0", "align": "stage 1", "recover": "stage 2"}
+DINOV2_ROWS = ("pure-0", "auto-0", "regions_pure-0", "regions-0")  # of the README
 PARTS = ("views", "teacher", "both models forward", "forward and backward", "optimizer and average")  # of a step
 
 
@@ -37,12 +38,7 @@ def demo(found: Document) -> list[str]:
 
 def dinov2(found: Document) -> list[str]:
     """What students of DINOv2 keep, on photographs that no stage saw."""
-    kept = {name: ", ".join(map(str, found[name]["kept_layers"])) for name in ("auto-0", "regions-0")}
-    columns = {
-        "no attention left": found["pure-0"],
-        f"blocks {kept['auto-0']} keep it": found["auto-0"],
-        f"blocks {kept['regions-0']} keep it{reading(found['regions-0'])}": found["regions-0"],
-    }
+    columns = {f"{attention(one)}{reading(one)}": one for one in map(found.__getitem__, DINOV2_ROWS)}
     figures = [one["evaluation"] for one in columns.values()]
     rows = [
         *(
@@ -58,9 +54,14 @@ def dinov2(found: Document) -> list[str]:
     return grid((f"DINOv2 ViT-S/14, {figures[0]['images']} crops of held-out pictures", *columns), rows)
 
 
+def attention(row: Document) -> str:
+    """Which blocks keep attention."""
+    return f"blocks {', '.join(map(str, row['kept_layers']))} keep it" if row["kept_layers"] else "no attention left"
+
+
 def dinov2_probes(found: Document) -> list[str]:
     """What probes find; one sentence."""
-    probes = [found[row]["evaluation"]["fashion"] for row in ("pure-0", "auto-0", "regions-0")]
+    probes = [found[row]["evaluation"]["fashion"] for row in DINOV2_ROWS]
     knn, linear = (
         f"{', '.join(percent(one[key]) for one in probes)} (teacher {percent(probes[0][f'teacher_{key}'])})"
         for key in ("knn", "linear")
@@ -161,6 +162,7 @@ TABLES: dict[str, tuple[str, Callable[[Document], list[str]]]] = {
     "fashion_rows": ("recipes/results/fashion_mnist_vit_tiny.json", controls),
     "fashion_control_rows": ("recipes/results/fashion_mnist_controls.json", controls),
     "demo_rows": ("recipes/results/demo_rows.json", controls),
+    "dinov2_control_rows": ("recipes/results/dinov2_small_controls.json", controls),
     "dinov2_rows": ("recipes/results/dinov2_small_photos.json", controls),
     "trial_rows": ("recipes/results/trials.json", controls),
     "dinov2_earlier_rows": ("recipes/results/dinov2_small_earlier.json", controls),
@@ -169,6 +171,7 @@ TABLES: dict[str, tuple[str, Callable[[Document], list[str]]]] = {
     "throughput_earlier": ("recipes/results/throughput_earlier.json", throughput),
     "costs": ("recipes/results/costs.json", costs),
     "models": ("kernels/benchmarks/results/models_h200.json", kernel_tables.models),
+    "models_regions": ("kernels/benchmarks/results/models_regions_h200.json", kernel_tables.models_regions),
     "sublayers": ("kernels/benchmarks/results/mixer_h200.json", kernel_tables.sublayers),
     "memory": ("kernels/benchmarks/results/mixer_training_h200.json", kernel_tables.memory),
     "scaling": ("kernels/benchmarks/results/scaling_h200.json", kernel_tables.scaling),
