@@ -110,7 +110,9 @@ class PrefixRead(nn.Module):
         count = tokens.shape[1]
         if self.gate:
             tokens = torch.cat([x[:, :prefix], tokens], 1)
-        query, key, value = (self._heads(of, i).transpose(1, 2) for i, of in enumerate((patches, tokens, tokens)))
+        # Of all tokens: a slice would be copied for the product.
+        query = self._heads(x, 0)[:, prefix:].transpose(1, 2)
+        key, value = (self._heads(tokens, which).transpose(1, 2) for which in (1, 2))
         # A region stands for its patches.
         size = query.new_full((count,), patches.shape[1]) / count
         level = F.pad(size.log(), (tokens.shape[1] - count, 0)).expand(1, 1, 1, -1)
@@ -124,11 +126,18 @@ class PrefixRead(nn.Module):
 
         All that is done is small, and launches of its own would take longer than what they do.
         """
-        if normed.tokens is not None or not self._folds() or not self.exact or self.log_sum is None:
+        if normed.tokens is not None or not self._folds() or not self.exact or not self.gate:
             return self(normed.written(), grid)
-        weights = (self.qkv.weight, self.qkv.bias, self.proj.weight, self.log_sum.weight, self.log_sum.bias)
+        weight = self.qkv.weight
+        log_sum = (weight.new_zeros(self.num_heads, weight.shape[1]), weight.new_zeros(self.num_heads))
+        if self.log_sum is not None:
+            log_sum = (self.log_sum.weight, self.log_sum.bias)
         projected = _by_rows(self.qkv, normed.first)
+        weights = (weight, self.qkv.bias, self.proj.weight, *log_sum)
         inner, share, values = read_prefix(normed, projected, *weights, self.num_heads, self.scale)
+        if self.regions:
+            # Instead of the gate's, which come with what prefix tokens read.
+            share, values = self._attend(normed.written(), normed.first.shape[1], grid), self.proj.weight.detach().T
         return _by_rows(self.proj, inner), share, values
 
     def _folds(self) -> bool:

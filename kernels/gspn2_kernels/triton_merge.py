@@ -63,8 +63,7 @@ def merge(
     if share is None or values is None:
         base = F.linear(y.flatten(-2), divide(weight, lines))
     elif share.shape[2] > MOST_COLUMNS:
-        base = torch.baddbmm(F.linear(y.flatten(1, 2).flatten(2), divide(weight, lines)), share, values)
-        base = base.unflatten(1, grid)
+        base = F.linear(y.flatten(1, 2).flatten(2), divide(weight, lines)).baddbmm_(share, values).unflatten(1, grid)
     else:
         base = product(y, weight, lines, share, values)
     # Both numbers of a token are read at once.
