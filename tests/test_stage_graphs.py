@@ -1,6 +1,7 @@
 """What is compiled and recorded of the stages, against the passes and steps that it stands for."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -160,7 +161,7 @@ def test_compiled_graphs_in_bf16_are_as_exact_as_the_pass(make_pair, regions):
     stage = RecoverStage(student, teacher, LOSSES, deviations(teacher, IMAGES.cuda())).cuda()
     with torch.autocast("cuda", torch.bfloat16):
         stage.record(IMAGES.cuda(), COMPILED)
-    images, tapped = torch.randn(4, 3, 32, 48, device="cuda") + 0.5, tapped_tokens(0.0, 27).cuda()
+    tapped = tapped_tokens(0.0, 27).cuda()
 
     def run(terms, cast):
         stage.zero_grad()
@@ -171,7 +172,10 @@ def test_compiled_graphs_in_bf16_are_as_exact_as_the_pass(make_pair, regions):
         gradients = [p.grad for p in stage.parameters() if p.grad is not None]
         return torch.cat([each.flatten() for each in (*values, *gradients)])
 
-    exact = run(lambda: stage.terms(images, tapped), cast=False)
-    plain = run(lambda: stage.terms(images, tapped), cast=True)
-    ours = run(lambda: stage(images, 0.0), cast=True)
+    runs = []  # of several batches, since the error of one is a matter of luck
+    for seed in range(8):
+        images = torch.randn(4, 3, 32, 48, generator=torch.Generator().manual_seed(seed)).cuda() + 0.5
+        exact, plain = (run(partial(stage.terms, images, tapped), cast) for cast in (False, True))
+        runs.append((exact, plain, run(partial(stage, images, 0.0), cast=True)))
+    exact, plain, ours = (torch.cat(each) for each in zip(*runs, strict=True))
     assert (ours - exact).norm() < 1.2 * (plain - exact).norm() < 0.1 * exact.norm()
