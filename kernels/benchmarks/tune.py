@@ -125,7 +125,7 @@ def candidates(table: Plan, case: Case, name: str) -> list[Plan]:
 
 def splits(table: Plan, lines: int) -> Iterator[dict[str, int]]:
     """List other ways to share a line out to programs and lanes."""
-    for grid, lanes in itertools.product({max(1, table.GRID // 2), table.GRID, 2 * table.GRID}, (1, 2, 4)):
+    for grid, lanes in itertools.product({1, max(1, table.GRID // 2), table.GRID, 2 * table.GRID}, (1, 2, 4)):
         for halo in (8, 16, 32) if grid > 1 else (0,):
             held = -(-lines // grid) + min(2, grid - 1) * halo
             yield {"GRID": grid, "CL": lanes, "P": -(-held * lanes // LANES)}
