@@ -13,7 +13,7 @@ from timm.models import VisionTransformer
 from gspn2convert.artifact import check_output_folder, fingerprint, holds_files, origin, save_student
 from gspn2convert.checkpoint import CheckpointStore
 from gspn2convert.conversion import Conversion, Options, public_name
-from gspn2convert.curriculum import check_sizes, stages_run, teacher_size, trained
+from gspn2convert.curriculum import CURRICULUM, check_sizes, stages_run, teacher_size, trained
 from gspn2convert.data import ImageSet, open_images, own_share
 from gspn2convert.errors import UserError
 from gspn2convert.evaluate import class_of_label
@@ -29,6 +29,10 @@ from gspn2convert.train import make_accelerator
 __all__ = ["Options", "distill", "distill_student"]
 
 logger = logging.getLogger(__name__)
+
+# Of a cosine: less is noise.
+_DECLINE = 1e-3
+_PLACES = {"fit": "stage 0", "align": "stage 1", "select": "the choice of blocks"}
 
 
 def distill(
@@ -124,6 +128,7 @@ def distill_student(
         student = run.stages(keep)
     metrics = run.metrics(student, teacher_name)
     if accelerator.is_main_process:
+        _tell_decline(metrics["stages"])
         whose = {"teacher": teacher_name, "teacher_weights": origin(teacher)}
         save_student(student, options.output, recipe_text=dump_recipe(recipe), metrics=metrics, **whose)
         store.path.unlink(missing_ok=True)
@@ -161,6 +166,18 @@ def _check_stages(recipe: Recipe, stages: Sequence[int], given: Gspn2Vit | None)
         )
     if stages and 0 not in stages and given is None:
         logger.warning("without stage 0 and without a student to go on from, the mixers start at random")
+
+
+def _tell_decline(stages: Sequence[dict[str, Any]]) -> None:
+    """Warn where stage 2 undid what an earlier stage had come to, by images of the same size."""
+    cosines = {one["stage"]: one["cosine"] for one in stages if not one["stage"].startswith(CURRICULUM)}
+    best = max(cosines, key=lambda name: cosines[name], default="")
+    if "recover" in cosines and cosines["recover"] < cosines[best] - _DECLINE:
+        logger.warning(
+            "stage 2 ended at a mean cosine of %.4f, below the %.4f after %s: lower recover.lr and recover.mixer_lr, "
+            "take more steps, or leave it out (--stages)",
+            *(cosines["recover"], cosines[best], _PLACES[best]),
+        )
 
 
 def _identity(teacher: VisionTransformer, recipe: Recipe, options: Options, given: Gspn2Vit | None) -> dict[str, str]:
