@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from timm.models import VisionTransformer
 
 from gspn2convert.artifact import load, origin
-from gspn2convert.errors import UserError
+from gspn2convert.errors import RecipeError, UserError
 from gspn2convert.model import Gspn2Vit, kept_blocks
 from gspn2convert.recipe import Mixer, Recipe
 
@@ -68,7 +68,10 @@ def check_origin(folder: Path, teacher: VisionTransformer, remedy: str = "name t
 def recipe_of(given: Gspn2Vit, recipe: Recipe) -> Recipe:
     """The recipe with the mixers and the attention that a given student has; tell where it asks for other mixers."""
     mixer = {name: value for name, value in given._model_args["mixer"].items() if name != "has_prefix"}
-    asked = recipe.mixer.resolve(given.embed_dim)
+    try:
+        asked = recipe.mixer.resolve(given.embed_dim)
+    except RecipeError:  # of mixers that nobody will make
+        asked = asdict(recipe.mixer)
     own = [f"{name} {value}, not {asked[name]}" for name, value in mixer.items() if value != asked[name]]
     if own:
         logger.warning("the student keeps its own mixers, and not those of recipe %s: %s", recipe.name, "; ".join(own))

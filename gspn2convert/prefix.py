@@ -113,12 +113,13 @@ class PrefixRead(nn.Module):
         # Of all tokens: a slice would be copied for the product.
         query = self._heads(x, 0)[:, prefix:].transpose(1, 2)
         key, value = (self._heads(tokens, which).transpose(1, 2) for which in (1, 2))
-        # A region stands for its patches.
-        size = query.new_full((count,), patches.shape[1]) / count
-        level = F.pad(size.log(), (tokens.shape[1] - count, 0)).expand(1, 1, 1, -1)
-        read = F.scaled_dot_product_attention(
-            self.q_norm(query), self.k_norm(key), value, attn_mask=level, scale=self.scale
-        )
+        # A region stands for its patches. What rounding adds to its level is added to that of prefix tokens as well.
+        wide = torch.promote_types(query.dtype, torch.float32)
+        exact = (query.new_full((1,), patches.shape[1], dtype=wide) / count).log()
+        level = exact.to(query.dtype)
+        levels = torch.cat([(level - exact).to(query.dtype).expand(tokens.shape[1] - count), level.expand(count)])
+        query, key = self.q_norm(query), self.k_norm(key)
+        read = F.scaled_dot_product_attention(query, key, value, attn_mask=levels.expand(1, 1, 1, -1), scale=self.scale)
         return read.transpose(1, 2).flatten(2)
 
     def of_normed(self, normed: Normed, grid: tuple[int, int]) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -129,8 +130,9 @@ class PrefixRead(nn.Module):
         if normed.tokens is not None or not self._folds() or not self.exact or not self.gate:
             return self(normed.written(), grid)
         weight = self.qkv.weight
-        log_sum = (weight.new_zeros(self.num_heads, weight.shape[1]), weight.new_zeros(self.num_heads))
-        if self.log_sum is not None:
+        if self.log_sum is None:
+            log_sum = (weight.new_zeros(self.num_heads, weight.shape[1]), weight.new_zeros(self.num_heads))
+        else:
             log_sum = (self.log_sum.weight, self.log_sum.bias)
         projected = _by_rows(self.qkv, normed.first)
         weights = (weight, self.qkv.bias, self.proj.weight, *log_sum)

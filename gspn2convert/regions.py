@@ -21,8 +21,8 @@ def region_means(patches: Tensor, side: int) -> Tensor:
     """
     height, width = patches.shape[1:3]
     rows = _overlaps(height, side, patches)
-    # Sizes of an export are not compared: that would settle them.
-    alike = isinstance(height, int) and height == width
+    # Sizes of an export or a compilation are not compared: that would settle them.
+    alike = not torch.compiler.is_compiling() and height == width
     columns = rows if alike else _overlaps(width, side, patches)
     means = (columns @ patches) * (side / width)
     means = (rows @ means.flatten(2)) * (side / height)

@@ -5,6 +5,7 @@ import torch
 from timm.layers import Attention, LayerNorm
 from torch import Tensor
 
+from gspn2_kernels.testing import relative_rms
 from gspn2convert.prefix import PrefixRead
 from gspn2convert.regions import region_means
 
@@ -121,6 +122,15 @@ def test_half_precision_follows_single(regions: int) -> None:
     half = read.to(torch.bfloat16)(x.bfloat16(), (5, 7))
     for ours, reference in ((half[0], single[0]), (half[1] @ half[2], single[1] @ single[2])):
         assert (ours.float() - reference).norm() < 0.03 * reference.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_regions_of_more_patches_than_half_precision_counts(dtype: torch.dtype) -> None:
+    x = torch.randn(1, 1 + 260 * 256, DIM, generator=torch.Generator().manual_seed(1)) + 0.5
+    _, expected, _ = PrefixRead(make_attention(), exact=True, gate=True, regions=8)(x, (260, 256))
+    _, share, _ = PrefixRead(make_attention(), exact=True, gate=True, regions=8).to(dtype)(x.to(dtype), (260, 256))
+    assert relative_rms(expected, share) < (2e-3 if dtype == torch.float16 else 1e-2)
 
 
 @pytest.mark.parametrize("regions", [0, 4])

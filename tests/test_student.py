@@ -115,6 +115,8 @@ def test_its_own_mixers_count_in_the_recipe_and_in_the_plan(run, save_teacher, t
     caplog.clear()
     run("further", stages=(1,), recipe=wide, student=tmp_path / "fit")
     assert "its own mixers" not in caplog.text
+    run("wider", stages=(1,), recipe=RECIPE.replace("proxy_dim: 8", "proxy_dim: 99"), student=tmp_path / "fit")
+    assert "proxy_dim 16, not 99" in caplog.text  # which the teacher has no room for
     teacher, what = str(save_teacher("again")), parse_recipe(narrow, "test")
     found = plan(teacher, what, student=tmp_path / "fit")
     assert found == plan(teacher, parse_recipe(wide, "test"), stages=(1, 2, 3), keep="1")

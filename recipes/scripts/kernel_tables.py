@@ -30,14 +30,14 @@ def models(found: Document) -> list[str]:
 def models_regions(found: Document) -> list[str]:
     """The same of a student whose mixers read regions; one sentence."""
     sizes = found["sizes"]
-    times, ratios = (
-        f"{', '.join(texts[:-1])} and {texts[-1]}"
-        for texts in (
-            [f"{one['student']['median_ms']:.2f}" for one in sizes],
-            [f"{one['speedup']:.2f}" for one in sizes],
-        )
-    )
-    return [f"With `regions: {found['regions']}` the student takes {times} ms, {ratios} times as fast as its teacher."]
+    figures = [
+        f"{one['student']['median_ms']:.2f} ms at {one['height']} px ({one['speedup']:.2f}x the teacher's speed)"
+        for one in sizes
+    ]
+    return [
+        f"With `regions: {found['regions']}` and the code of {found['environment']['commit'][:7]} the student takes"
+        f" {', '.join(figures)}."
+    ]
 
 
 def sublayers(found: Document) -> list[str]:

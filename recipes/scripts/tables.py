@@ -56,15 +56,18 @@ def dinov2(found: Document) -> list[str]:
 
 def attention(row: Document) -> str:
     """Which blocks keep attention."""
-    return f"blocks {', '.join(map(str, row['kept_layers']))} keep it" if row["kept_layers"] else "no attention left"
+    if row["kept_layers"]:
+        return f"blocks {', '.join(map(str, row['kept_layers']))} keep it"
+    return "no block keeps attention" if reading(row) else "no attention left"
 
 
 def dinov2_probes(found: Document) -> list[str]:
     """What probes find; one sentence."""
     probes = [found[row]["evaluation"]["fashion"] for row in DINOV2_ROWS]
+    teacher = {key: sorted({percent(one[f"teacher_{key}"]) for one in probes}) for key in ("knn", "linear")}
     knn, linear = (
-        f"{', '.join(percent(one[key]) for one in probes)} (teacher {percent(probes[0][f'teacher_{key}'])})"
-        for key in ("knn", "linear")
+        f"{', '.join(percent(one[key]) for one in probes)} (teacher, by run, {' to '.join(teacher[key])})"
+        for key in teacher
     )
     return [
         "On Fashion-MNIST at 224 px, of which training saw 6,000 unlabelled images, k-NN finds with these students"
