@@ -109,6 +109,10 @@ def _config(student: Gspn2Vit, teacher: str, teacher_weights: str) -> dict[str, 
     }
 
 
+# Of the last stage, in a card: on the test images, and on held-out ones.
+_SCORES = ("top1", "agreement", "patch_cosine", "prefix_cosine")
+
+
 def _json(value: dict[str, Any]) -> bytes:
     return (json.dumps(value, indent=2) + "\n").encode()
 
@@ -117,6 +121,8 @@ def _card(config: dict[str, Any], metrics: dict[str, Any]) -> str:
     """Model card for people and for the Hugging Face hub."""
     gspn2 = config["gspn2"]
     numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float | str)}
+    last = (metrics.get("stages") or [{}])[-1]
+    numbers |= {f"student_{name}": last[name] for name in _SCORES if last.get(name) is not None}
     rows = [
         f"| {name} | {value:.4g} |" if isinstance(value, float) else f"| {name} | {value} |"
         for name, value in numbers.items()
@@ -164,9 +170,8 @@ def load(folder: str | Path, **kwargs: Any) -> Gspn2Vit:
     except UserError:
         raise
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{folder / 'config.json'} describes no model ({error!r}); convert the teacher again"
-        ) from error
+        reason = str(error) if isinstance(error, ValueError) else repr(error)
+        raise UserError(f"{folder / 'config.json'} describes no model ({reason}); convert the teacher again") from error
     check_match(weights, read_shapes(weights), {name: tuple(v.shape) for name, v in saved.state_dict().items()})
     if cfg.get("num_classes", saved.num_classes) != saved.num_classes:
         raise UserError(f"{folder / 'config.json'} has two numbers of classes; convert the teacher again")

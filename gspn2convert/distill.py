@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 # Of a cosine: less is noise.
 _DECLINE = 1e-3
-_PLACES = {"fit": "stage 0", "align": "stage 1", "select": "the choice of blocks"}
+_PLACES = {"fit": "before training", "align": "after stage 1", "select": "after the choice of blocks"}
 
 
 def distill(
@@ -115,8 +115,7 @@ def distill_student(
         raise UserError(f"data {images.name!r} is a stream, which --cache cannot hold; leave --cache out")
     accelerator = make_accelerator(options.device, options.precision)
     _check_processes(recipe, options, accelerator.num_processes)
-    blocks = str(keep) if isinstance(keep, Auto) else ",".join(map(str, keep))
-    what = {"teacher": teacher_name, "data": images.name, "keep": blocks}
+    what = {"teacher": teacher_name, "data": images.name, "keep": _named(keep)}
     identity = what | _identity(teacher, recipe, options, given) | {"list of images": images.digest()}
     store = CheckpointStore(options.output, identity, main=accelerator.is_main_process)
     if options.resume and not store.load() and (done := _finished(options, what, recipe)):
@@ -128,12 +127,16 @@ def distill_student(
         student = run.stages(keep)
     metrics = run.metrics(student, teacher_name)
     if accelerator.is_main_process:
-        _tell_decline(metrics["stages"])
         whose = {"teacher": teacher_name, "teacher_weights": origin(teacher)}
         save_student(student, options.output, recipe_text=dump_recipe(recipe), metrics=metrics, **whose)
         store.path.unlink(missing_ok=True)
+        _tell_decline(metrics["stages"])
     accelerator.end_training()
     return metrics
+
+
+def _named(keep: Sequence[int] | Auto) -> str:
+    return str(keep) if isinstance(keep, Auto) else ",".join(map(str, keep))
 
 
 def _check_keep(keep: Sequence[int] | Auto, depth: int) -> None:
@@ -174,7 +177,7 @@ def _tell_decline(stages: Sequence[dict[str, Any]]) -> None:
     best = max(cosines, key=lambda name: cosines[name], default="")
     if "recover" in cosines and cosines["recover"] < cosines[best] - _DECLINE:
         logger.warning(
-            "stage 2 ended at a mean cosine of %.4f, below the %.4f after %s: lower recover.lr and recover.mixer_lr, "
+            "stage 2 ended at a mean cosine of %.4f, below the %.4f %s: lower recover.lr and recover.mixer_lr, "
             "take more steps, or leave it out (--stages)",
             *(cosines["recover"], cosines[best], _PLACES[best]),
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import importlib.util
 import json
 import logging
@@ -209,7 +210,8 @@ def _new_files(path: Path) -> Iterator[Path]:
                     os.fsync(opened.fileno())
                 file.replace(path.parent / file.name)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; make room or name another output") from error
+        remedy = "make room, or name another output" if error.errno == errno.ENOSPC else "name another output"
+        raise UserError(f"cannot write {path}: {error.strerror or error}; {remedy}") from error
 
 
 def _compare(part: Path, images: list[Tensor], wanted: list[Tensor], dtype: str, *, top1: bool) -> list[dict[str, Any]]:
