@@ -43,6 +43,8 @@ def test_what_is_saved_is_what_was_trained(teacher, tmp_path, run):
     with torch.no_grad():
         assert torch.equal(saved(images), student(images))
     assert metrics["stages"][-1]["top1"] == top1(student, images, torch.arange(20) * 5 // 20)
+    card, last = (tmp_path / "out" / "README.md").read_text(), metrics["stages"][-1]
+    assert f"| student_top1 | {last['top1']:.4g} |\n| student_agreement | {last['agreement']:.4g} |\n" in card
 
 
 def test_the_fit_is_convert_on_images_from_all_over_the_set(teacher, tmp_path, run):
