@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -17,13 +16,15 @@ from timm.models._hub import load_model_config_from_path
 
 import gspn2convert
 from gspn2convert.block import GspnBlock
-from gspn2convert.errors import UserError
+from gspn2convert.errors import UserError, is_disk_full
 from gspn2convert.model import Gspn2Vit
 from gspn2convert.vit import GSPN2_VIT, current_arguments, public_cfg
 from gspn2convert.weights import WEIGHTS_FILE, check_finite, check_match, folder_weights, read_shapes
 
 _PART = re.compile(r"\..+\.part")  # name of a file on its way
 
+# Of the last stage, in a card: on the test images, and on held-out ones.
+_SCORES = ("top1", "agreement", "patch_cosine", "prefix_cosine")
 _CARD = """---
 library_name: timm
 tags:
@@ -107,10 +108,6 @@ def _config(student: Gspn2Vit, teacher: str, teacher_weights: str) -> dict[str, 
             "depth": len(student.blocks),
         },
     }
-
-
-# Of the last stage, in a card: on the test images, and on held-out ones.
-_SCORES = ("top1", "agreement", "patch_cosine", "prefix_cosine")
 
 
 def _json(value: dict[str, Any]) -> bytes:
@@ -236,7 +233,7 @@ def write_atomic(path: str | Path, data: bytes) -> None:
             raise
         _sync_folder(path.parent)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if is_disk_full(error):
             raise UserError(
                 f"disk full: {path} of {len(data) / 2**20:.1f} MiB could not be written; make room, and run it again"
             ) from error

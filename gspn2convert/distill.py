@@ -13,7 +13,7 @@ from timm.models import VisionTransformer
 from gspn2convert.artifact import check_output_folder, fingerprint, holds_files, origin, save_student
 from gspn2convert.checkpoint import CheckpointStore
 from gspn2convert.conversion import Conversion, Options, public_name
-from gspn2convert.curriculum import CURRICULUM, check_sizes, stages_run, teacher_size, trained
+from gspn2convert.curriculum import check_sizes, stages_run, teacher_size, trained
 from gspn2convert.data import ImageSet, open_images, own_share
 from gspn2convert.errors import UserError
 from gspn2convert.evaluate import class_of_label
@@ -173,8 +173,8 @@ def _check_stages(recipe: Recipe, stages: Sequence[int], given: Gspn2Vit | None)
 
 def _tell_decline(stages: Sequence[dict[str, Any]]) -> None:
     """Warn where stage 2 undid what an earlier stage had come to, by images of the same size."""
-    cosines = {one["stage"]: one["cosine"] for one in stages if not one["stage"].startswith(CURRICULUM)}
-    best = max(cosines, key=lambda name: cosines[name], default="")
+    cosines = {one["stage"]: one["cosine"] for one in stages}
+    best = max((name for name in _PLACES if name in cosines), key=lambda name: cosines[name], default="")
     if "recover" in cosines and cosines["recover"] < cosines[best] - _DECLINE:
         logger.warning(
             "stage 2 ended at a mean cosine of %.4f, below the %.4f %s: lower recover.lr and recover.mixer_lr, "

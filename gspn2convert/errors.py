@@ -1,5 +1,7 @@
 """Mistakes of the user's, told in one line."""
 
+import errno
+
 
 class UserError(ValueError):
     """Something the user gave cannot be used.
@@ -11,3 +13,8 @@ class UserError(ValueError):
 
 class RecipeError(UserError):
     """A recipe cannot be read; the message names the place, for example `recipe.align.lr`."""
+
+
+def is_disk_full(error: OSError) -> bool:
+    """Whether something could not be written for want of space, on the disk or in the user's quota."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)

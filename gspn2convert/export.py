@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import errno
 import importlib.util
 import json
 import logging
@@ -24,7 +23,7 @@ from gspn2_kernels.testing import relative_rms
 from gspn2convert import __version__, onnx_graph
 from gspn2convert.artifact import write_atomic
 from gspn2convert.embedding import make_embedding_portable
-from gspn2convert.errors import UserError
+from gspn2convert.errors import UserError, is_disk_full
 from gspn2convert.export_sizes import Sizes, free_sizes, static_sizes
 from gspn2convert.mixer import Gspn2Mixer
 from gspn2convert.vit import has_head, public_cfg
@@ -210,7 +209,7 @@ def _new_files(path: Path) -> Iterator[Path]:
                     os.fsync(opened.fileno())
                 file.replace(path.parent / file.name)
     except OSError as error:
-        remedy = "make room, or name another output" if error.errno == errno.ENOSPC else "name another output"
+        remedy = "make room, or name another output" if is_disk_full(error) else "name another output"
         raise UserError(f"cannot write {path}: {error.strerror or error}; {remedy}") from error
 
 

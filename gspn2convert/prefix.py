@@ -80,9 +80,7 @@ class PrefixRead(nn.Module):
         prefix = x.shape[1] - grid[0] * grid[1]
         out, share, values = self._exchange(x, prefix) if self.has_prefix else (None, None, None)
         if self.regions:
-            # Without gradients a view of a weight seems to need one, which those who follow modules stumble over.
-            weight = self.proj.weight if torch.is_grad_enabled() else self.proj.weight.detach()
-            share, values = self._attend(x, prefix, grid), weight.T
+            share, values = self._attend(x, prefix, grid)
         return out, share, values
 
     def _exchange(self, x: Tensor, prefix: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -103,8 +101,8 @@ class PrefixRead(nn.Module):
         nothing = values.new_zeros(values.shape[0], 1, *values.shape[2:])
         return out, share, torch.cat([values, nothing], 1).flatten(1, 2)
 
-    def _attend(self, x: Tensor, prefix: int, grid: tuple[int, int]) -> Tensor:
-        """What patches read by attention to prefix tokens and regions, before the projection, (B, M, h d)."""
+    def _attend(self, x: Tensor, prefix: int, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """What patches read by attention to prefix tokens and regions (B, M, h d), and its projection (h d, C)."""
         patches = x[:, prefix:]
         tokens = region_means(patches.unflatten(1, grid), self.regions)
         count = tokens.shape[1]
@@ -120,7 +118,9 @@ class PrefixRead(nn.Module):
         levels = torch.cat([(level - exact).to(query.dtype).expand(tokens.shape[1] - count), level.expand(count)])
         query, key = self.q_norm(query), self.k_norm(key)
         read = F.scaled_dot_product_attention(query, key, value, attn_mask=levels.expand(1, 1, 1, -1), scale=self.scale)
-        return read.transpose(1, 2).flatten(2)
+        # Without gradients a view of a weight seems to need one, which those who follow modules stumble over.
+        weight = self.proj.weight if torch.is_grad_enabled() else self.proj.weight.detach()
+        return read.transpose(1, 2).flatten(2), weight.T
 
     def of_normed(self, normed: Normed, grid: tuple[int, int]) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The same of normed tokens, for inference: where they are not written, and can stay so, by kernels.
@@ -139,7 +139,7 @@ class PrefixRead(nn.Module):
         inner, share, values = read_prefix(normed, projected, *weights, self.num_heads, self.scale)
         if self.regions:
             # Instead of the gate's, which come with what prefix tokens read.
-            share, values = self._attend(normed.written(), normed.first.shape[1], grid), self.proj.weight.detach().T
+            share, values = self._attend(normed.written(), normed.first.shape[1], grid)
         return _by_rows(self.proj, inner), share, values
 
     def _folds(self) -> bool:

@@ -96,8 +96,7 @@ def convert(row: Row, recipe: Recipe, teacher: VisionTransformer, arguments: arg
     images, test = (open_images(arguments.data, split, in_chans=channels) for split in ("train", "test"))
     given = None if row.start is None else row.start(teacher, recipe, images)
     if row.after is not None:
-        before = folder_of(arguments.after or row.after, recipe, arguments)
-        given = gspn2convert.load(before, img_size=teacher.patch_embed.img_size)
+        given = gspn2convert.load(folder_of(row.after, recipe, arguments), img_size=teacher.patch_embed.img_size)
     folder = folder_of(arguments.label or arguments.row, recipe, arguments)
     options = Options(
         output=folder,
@@ -188,7 +187,6 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", default="0", help="[%(default)s]")
     parser.add_argument("--recipe", help="name or file, in place of the setting's")
     parser.add_argument("--label", help="another name for the one row, in the results file and of its folder")
-    parser.add_argument("--after", help="label of the row to go on from, for rows that go on from one")
     parser.add_argument("--steps", type=int, help="of stage 2, in place of the recipe's")
     parser.add_argument("--workers", type=int, default=8, help="processes that read images [%(default)s]")
     parser.add_argument("--precision", default="bf16", help="as for gspn2convert distill [%(default)s]")
