@@ -33,6 +33,7 @@ from gspn2convert.data import ImageSet, open_images
 from gspn2convert.distill import Options, distill_student
 from gspn2convert.environment import environment
 from gspn2convert.evaluate import evaluate
+from gspn2convert.given import recipe_of
 from gspn2convert.keep import read_keep
 from gspn2convert.model import Gspn2Vit
 from gspn2convert.recipe import Recipe, load_recipe
@@ -97,6 +98,7 @@ def convert(row: Row, recipe: Recipe, teacher: VisionTransformer, arguments: arg
     given = None if row.start is None else row.start(teacher, recipe, images)
     if row.after is not None:
         given = gspn2convert.load(folder_of(row.after, recipe, arguments), img_size=teacher.patch_embed.img_size)
+        recipe = recipe_of(given, recipe)
     folder = folder_of(arguments.label or arguments.row, recipe, arguments)
     options = Options(
         output=folder,
@@ -121,7 +123,18 @@ def convert(row: Row, recipe: Recipe, teacher: VisionTransformer, arguments: arg
         "images_per_second": speeds(metrics["history"]),
         "evaluation": measure(student, teacher, test, arguments, probe=row.size is None),
         **made_by(arguments.commit, next(student.parameters()).device),
+        "recipe": asdict(recipe),
+        "device_shared": arguments.shared,
     }
+
+
+def going_on(row: Row, label: str | None) -> Row:
+    """The row, but going on from the converted model of a label in place of its own choice."""
+    if label is None:
+        return row
+    if row.after is None:
+        sys.exit(f"--after {label} given, but the row starts from its teacher: {row.what}")
+    return replace(row, after=label, what=row.what.replace(f"`{row.after}`", f"`{label}`"))
 
 
 def folder_of(row: str, recipe: Recipe, arguments: argparse.Namespace) -> Path:
@@ -187,6 +200,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", default="0", help="[%(default)s]")
     parser.add_argument("--recipe", help="name or file, in place of the setting's")
     parser.add_argument("--label", help="another name for the one row, in the results file and of its folder")
+    parser.add_argument("--after", help="label of the row to go on from, for a row that goes on from one")
     parser.add_argument("--steps", type=int, help="of stage 2, in place of the recipe's")
     parser.add_argument("--workers", type=int, default=8, help="processes that read images [%(default)s]")
     parser.add_argument("--precision", default="bf16", help="as for gspn2convert distill [%(default)s]")
@@ -209,8 +223,8 @@ def main() -> None:
         sys.exit(f"--label {arguments.label} names one row, and --rows has {arguments.rows}")
     for name in arguments.rows.split(","):
         for seed in map(int, arguments.seeds.split(",")):
-            arguments.row, row = name, ROWS[name]
-            recipe = replace(load_recipe(row.recipe or arguments.recipe or SETTINGS[arguments.setting]), seed=seed)
+            arguments.row, row = name, going_on(ROWS[name], arguments.after)
+            recipe = replace(load_recipe(arguments.recipe or row.recipe or SETTINGS[arguments.setting]), seed=seed)
             if row.mixer is not None:
                 other = load_recipe(row.mixer)
                 align = replace(recipe.align, control_lr=other.align.control_lr)  # which goes with the mixer
@@ -221,7 +235,6 @@ def main() -> None:
             size = row.size or recipe.size or None
             teacher = load_teacher(arguments.teacher, weights=arguments.teacher_weights, img_size=size)
             figures = convert(row, recipe, teacher, arguments)
-            figures |= {"recipe": asdict(recipe), "device_shared": arguments.shared}
             add_row(arguments.output, f"{arguments.label or name}-{seed}", figures)
 
 
