@@ -18,6 +18,7 @@ PLACE = re.compile(r"(<!-- table:(\w+) -->\n).*?(?=<!-- end -->)", re.DOTALL)
 PAGES = ("README.md", "recipes/README.md", "kernels/README.md")
 STAGES = {"fit": "stage 0", "align": "stage 1", "recover": "stage 2"}
 DINOV2_ROWS = ("pure-0", "auto-0", "regions_pure-0", "regions-0")  # of the README
+LARGE_ROWS = ("regions_pure", "regions")  # which also went on to larger images
 PARTS = ("views", "teacher", "both models forward", "forward and backward", "optimizer and average")  # of a step
 
 
@@ -72,6 +73,19 @@ def dinov2_probes(found: Document) -> list[str]:
     return [
         "On Fashion-MNIST at 224 px, of which training saw 6,000 unlabelled images, k-NN finds with these students"
         f" {knn}, a linear probe {linear}."
+    ]
+
+
+def dinov2_large(found: Document) -> list[str]:
+    """What students of a second seed keep before and after they are taken on to larger images; one sentence."""
+    before, after = ([found[f"{row}{end}-1"] for row in LARGE_ROWS] for end in ("", "_518"))
+    small, large = ([f"{row['evaluation']['patch_cosine']['mean']:.3f}" for row in rows] for rows in (before, after))
+    tokens = [f"{row['evaluation']['prefix_cosine']['mean']:.3f}" for row in after]
+    minutes = [f"{row['minutes']:.1f}" for row in after]
+    return [
+        f"A second seed of the last two columns has patch cosines of {' and '.join(small)}. Taken on to 518 px by the"
+        f" recipe `hires`, in {' and '.join(minutes)} minutes more, these students have {' and '.join(large)} to the"
+        f" teacher at that size (class token {' and '.join(tokens)})."
     ]
 
 
@@ -162,6 +176,7 @@ TABLES: dict[str, tuple[str, Callable[[Document], list[str]]]] = {
     "dinov2": ("recipes/results/dinov2_small_photos.json", dinov2),
     "fashion": ("recipes/results/fashion_mnist_vit_tiny.json", fashion),
     "dinov2_probes": ("recipes/results/dinov2_small_photos.json", dinov2_probes),
+    "dinov2_large": ("recipes/results/dinov2_small_photos.json", dinov2_large),
     "fashion_rows": ("recipes/results/fashion_mnist_vit_tiny.json", controls),
     "fashion_control_rows": ("recipes/results/fashion_mnist_controls.json", controls),
     "demo_rows": ("recipes/results/demo_rows.json", controls),
