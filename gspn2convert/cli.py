@@ -3,7 +3,6 @@
 Exit codes: 0 done, 1 failed or interrupted, 2 wrong use or unusable input.
 """
 
-import errno
 import logging
 import os
 import sys
@@ -15,7 +14,7 @@ import click
 
 from gspn2convert.commands import bench, build_ops, demo, describe, distill, doctor, evaluate, export, recipes, run
 from gspn2convert.commands.report import write_json
-from gspn2convert.errors import UserError
+from gspn2convert.errors import UserError, is_disk_full
 from gspn2convert.interrupt import Interrupted
 
 FAILED, WRONG_USE = 1, 2
@@ -49,7 +48,7 @@ def explain(error: BaseException) -> tuple[int, str]:
         return FAILED, f"{error} (the same command with --resume)"
     if isinstance(error, click.Abort):
         return FAILED, "interrupted"
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+    if isinstance(error, OSError) and is_disk_full(error):
         where = f" at {error.filename}" if error.filename else ""
         return WRONG_USE, f"disk full{where}: make room, then run the same command again"
     return FAILED, f"{type(error).__name__}: {error} (internal; --debug shows the traceback)"

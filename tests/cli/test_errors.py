@@ -129,6 +129,7 @@ def test_cuda_that_is_not_there_is_wrong_use(run):
     ("error", "code", "message"),
     [
         (OSError(errno.ENOSPC, "No space left on device", "out/model.safetensors"), 2, "disk full at out/model"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded", "out/model.onnx"), 2, "disk full at out/model.onnx: make room"),
         (Interrupted("align", 3, 9), 1, "after 3 of 9; resume to go on (the same command with --resume)"),
         (click.Abort(), 1, "interrupted"),
         (click.ClickException("plain words"), 1, "plain words"),
