@@ -6,6 +6,7 @@ Shapes: B batch, N = P + H W tokens, P prefix tokens, C channels, H W grid of pa
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -20,6 +21,8 @@ from gspn2convert.recipe import Align, Recipe, Recover, RecoverLosses
 from gspn2convert.recover import RecoverStage
 from gspn2convert.stage import frozen_tokens
 from gspn2convert.vit import grid_size
+
+logger = logging.getLogger(__name__)
 
 CURRICULUM = "curriculum-"  # a size's name begins so
 
@@ -98,12 +101,21 @@ def teacher_size(recipe: Recipe, img_size: int | None, stages: Sequence[int]) ->
 def check_sizes(teacher: VisionTransformer, recipe: Recipe, stages: Sequence[int]) -> None:
     """Make sure that a teacher takes all sizes of a recipe, before hours go into the first of them.
 
+    Warns where mixers read more regions of an image than any size has rows and columns of patches.
+
     Raises:
         UserError: one is no multiple of the patch.
     """
-    for size in (recipe.size, *(recipe.curriculum.sizes if 3 in stages else ())):
-        if size:
-            grid_size(teacher, size, size)
+    first = (recipe.size, recipe.size) if recipe.size else teacher.patch_embed.img_size
+    later = [(side, side) for side in (recipe.curriculum.sizes if 3 in stages else ())]
+    rows, columns = max((grid_size(teacher, *size) for size in (first, *later)), key=max)
+    regions, most = recipe.mixer.regions, max(rows, columns)
+    if regions > most:
+        logger.warning(
+            "mixer.regions is %d, and images have %d x %d patches: more regions than rows of patches gain nothing and "
+            "cost time; convert with mixer.regions of %d or less, or at larger images",
+            *(regions, rows, columns, most),
+        )
 
 
 def stages_run(recipe: Recipe, stages: Sequence[int]) -> list[int]:

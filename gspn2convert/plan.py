@@ -54,9 +54,9 @@ def plan(
         keeping the last ones, which cost the same, or none for a budget.
     """
     vit = load_teacher(teacher, img_size=teacher_size(recipe, img_size, stages), pretrained=False)
-    check_sizes(vit, recipe, stages)
     if student is not None:
         recipe, stages = recipe_of(load_given(student, vit, keep), recipe), [stage for stage in stages if stage]
+    check_sizes(vit, recipe, stages)
     depth, mixer = len(vit.blocks), recipe.mixer.resolve(vit.embed_dim)
     auto, kept = _kept(recipe.keep if keep is None else keep, depth)
     layers = [i for i in range(depth) if i not in kept]
