@@ -14,6 +14,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from gspn2convert.artifact import write_atomic
+from gspn2convert.differences import tell_differences
 from gspn2convert.errors import UserError
 from gspn2convert.fsdp import whole
 
@@ -87,6 +88,7 @@ class CheckpointStore:
             raise UserError(
                 f"{self.path}: this run was started with another {', '.join(differing)}; "
                 "resume with what it was started with, or choose another output folder"
+                f"{tell_differences(theirs, self.identity)}"
             )
         for name in _RECORDED:
             setattr(self, name, record[name])

@@ -15,6 +15,7 @@ from gspn2convert.checkpoint import CheckpointStore
 from gspn2convert.conversion import Conversion, Options, public_name
 from gspn2convert.curriculum import check_sizes, stages_run, teacher_size, trained
 from gspn2convert.data import ImageSet, open_images, own_share
+from gspn2convert.differences import tell_differences
 from gspn2convert.errors import UserError
 from gspn2convert.evaluate import class_of_label
 from gspn2convert.given import check_origin, load_given, recipe_of
@@ -213,12 +214,12 @@ def _finished(options: Options, asked: dict[str, str], recipe: Recipe) -> dict[s
         raise UserError(f"{folder / 'metrics.json'} is damaged ({error!r}); name another folder") from error
     wanted = {name: public_name(asked[name]) for name in ("teacher", "data")} | {"keep": asked["keep"]}
     wanted["stages"] = ",".join(map(str, stages_run(recipe, options.stages)))
-    same_recipe = (folder / "recipe.yaml").read_text() == dump_recipe(recipe)
+    recipes = [{"recipe": text} for text in ((folder / "recipe.yaml").read_text(), dump_recipe(recipe))]
     other = [f"{name} {had[name]} and not {want}" for name, want in wanted.items() if had[name] != want]
-    if other or not same_recipe:
+    if other or recipes[0] != recipes[1]:
         raise UserError(
             f"{folder} is finished, with {other[0] if other else 'another recipe'}; name another folder, and to go on "
-            f"from this one --student {folder}"
+            f"from this one --student {folder}{tell_differences(*recipes)}"
         )
     logger.warning("%s is finished already, nothing to resume; to go on from it: --student %s", folder, folder)
     return metrics

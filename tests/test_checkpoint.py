@@ -74,6 +74,29 @@ def test_another_run_is_refused_by_what_differs(written):
     assert written.read_bytes() == before
 
 
+def test_of_what_differs_the_first_fields_are_told_with_both_values(tmp_path):
+    recipe = "name: a\nrecover: {ema: 0.5, losses: {kl: 1.0}}\naugment: {scale: [0.4, 1.0]}\n"
+    before = IDENTITY | {"recipe": recipe, "student": "0a1b", "keep": ""}
+    CheckpointStore(tmp_path, before).save("align", 1, TENSORS)
+
+    def told(**now):
+        with pytest.raises(UserError) as error:
+            load(tmp_path / FILE_NAME, before | now)
+        return str(error.value).partition(" or choose another output folder")[2]
+
+    assert told(recipe=recipe.replace("0.5", "0.6")) == " (recipe.recover.ema was 0.5 and is 0.6 now)"
+    assert (
+        told(keep="0,3", teacher="small")
+        == " (teacher was 'demo' and is 'small' now; keep was 'none' and is '0,3' now)"
+    )
+    other = "name: b\nrecover: {losses: {kl: 2.0}}\naugment: {scale: [0.5, 1.0]}\n"
+    assert told(recipe=other, keep="0") == (
+        " (recipe.name was 'a' and is 'b' now; recipe.recover.ema was 0.5 and is nothing now; "
+        "recipe.recover.losses.kl was 1.0 and is 2.0 now; and 2 more)"
+    )
+    assert told(student="ff") == ""
+
+
 @pytest.mark.parametrize("size", [0, 1, 7, 8, 100, -1000, -1])
 def test_a_truncated_file_is_refused(written, size):
     content = written.read_bytes()

@@ -1,6 +1,7 @@
 """Folders that are there already: finished runs, runs that were stopped, and what is none of either."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -75,6 +76,19 @@ def test_a_finished_run_by_another_recipe_is_not_taken_for_it(run, tmp_path, cha
     with pytest.raises(UserError, match=f"is finished, with {words}; name another folder"):
         run(**{"stages": (0,), "resume": True, **change})
     assert snapshot(tmp_path / "out") == before
+
+
+def test_how_the_recipe_of_a_finished_run_differs_is_told(run, tmp_path):
+    run(stages=(0,))
+    other = RECIPE.replace("ema: 0.5", "ema: 0.6")
+    told = re.escape(f"--student {tmp_path}/out (recipe.recover.ema was 0.5 and is 0.6 now)")
+    with pytest.raises(UserError, match=f"is finished, with another recipe; .*{told}$"):
+        run(other, stages=(0,), resume=True)
+    (tmp_path / "out" / "recipe.yaml").write_text("name: [")
+    with pytest.raises(
+        UserError, match="is finished, with another recipe; .*recipe.name was nothing and is 'tiny' now"
+    ):
+        run(other, stages=(0,), resume=True)
 
 
 @pytest.fixture
