@@ -18,6 +18,7 @@ import gspn2convert
 from gspn2convert.block import GspnBlock
 from gspn2convert.errors import UserError, is_disk_full
 from gspn2convert.model import Gspn2Vit
+from gspn2convert.unfinished import how_to_go_on, is_unfinished
 from gspn2convert.vit import GSPN2_VIT, current_arguments, public_cfg
 from gspn2convert.weights import WEIGHTS_FILE, check_finite, check_match, folder_weights, read_shapes
 
@@ -150,9 +151,11 @@ def load(folder: str | Path, **kwargs: Any) -> Gspn2Vit:
         The model; with `features_only`, timm's feature getter around it.
 
     Raises:
-        UserError: the folder is incomplete, damaged or holds another kind of model.
+        UserError: the folder is unfinished, incomplete, damaged or holds another kind of model.
     """
     folder = Path(folder)
+    if is_unfinished(folder):
+        raise UserError(how_to_go_on(folder))
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} has no config.json; give a folder that gspn2convert distill wrote")
     try:

@@ -17,9 +17,7 @@ from gspn2convert.artifact import write_atomic
 from gspn2convert.differences import tell_differences
 from gspn2convert.errors import UserError
 from gspn2convert.fsdp import whole
-
-FILE_NAME = "checkpoint.safetensors"
-KEY = "gspn2convert.checkpoint.3"  # the file's one metadata entry; the number changes when the content does
+from gspn2convert.unfinished import FILE_NAME, KEY
 
 
 class CheckpointStore:

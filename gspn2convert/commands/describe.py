@@ -50,9 +50,10 @@ def command(model: str, size: options.Size | None) -> dict[str, Any]:
     from gspn2convert.artifact import load
     from gspn2convert.cost import cost
     from gspn2convert.teachers import load_teacher
+    from gspn2convert.unfinished import is_unfinished
 
     folder = Path(model)
-    converted = is_student(folder)
+    converted = is_student(folder) or is_unfinished(folder)  # of the latter, loading tells how to go on
     vit = load(folder) if converted else load_teacher(model, pretrained=False)
     counted = cost(vit, *(size or vit.patch_embed.img_size))
     figures = plain(counted)

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 from timm.models import save_for_hf
 
+from gspn2convert.artifact import load
 from gspn2convert.checkpoint import FILE_NAME
 from gspn2convert.distill import Options, distill_student
 from gspn2convert.errors import UserError
@@ -98,6 +99,31 @@ def stopped(run, tmp_path):
         run(pictures=Pictures(terminate_at_read=12 + 32 + 8 + 4 + 1))
     assert [path.name for path in (tmp_path / "out").iterdir()] == [FILE_NAME]
     return tmp_path / "out"
+
+
+@pytest.mark.parametrize("command", ["describe OUT", "export OUT", "evaluate OUT --data demo", "bench OUT"])
+def test_of_a_stopped_run_every_command_says_how_to_go_on(run_cli, stopped, command):
+    before = snapshot(stopped)
+    result = run_cli(*command.replace("OUT", str(stopped)).split())
+    assert result.exit_code == 2
+    assert result.stderr == (
+        f"error: {stopped} holds an unfinished conversion (saved up to step 2 of stage align) and no model yet; "
+        f"go on with: gspn2convert distill --teacher tiny --data pictures --output {stopped} --resume, "
+        "and what else the run was started with\n"
+    )
+    assert snapshot(stopped) == before
+
+
+def test_the_way_to_go_on_names_stages_and_precision(run, tmp_path):
+    with pytest.raises(Interrupted):
+        run(pictures=Pictures(terminate_at_read=12 + 32 + 8 + 4 + 1), stages=(0, 1), precision="bf16")
+    told = "distill --teacher tiny --data pictures --stages 0,1 --precision bf16 --output .*out --resume, and what else"
+    with pytest.raises(UserError, match=f"saved up to step 2 of stage align.*{told}"):
+        load(tmp_path / "out")
+    (tmp_path / "out" / FILE_NAME).write_bytes(b"damaged")
+    told = "out holds an unfinished conversion and no model yet; go on with: gspn2convert distill --teacher TEACHER"
+    with pytest.raises(UserError, match=told):
+        load(tmp_path / "out")
 
 
 def test_a_stopped_run_goes_on_to_the_same_end(run, stopped, tmp_path):

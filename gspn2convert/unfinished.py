@@ -1,0 +1,54 @@
+"""Folders in which a conversion stopped before its end: how far it came, and how to go on."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+FILE_NAME = "checkpoint.safetensors"
+KEY = "gspn2convert.checkpoint.3"  # the file's one metadata entry; the number changes when the content does
+
+
+def is_unfinished(folder: Path) -> bool:
+    """Whether a folder holds the checkpoint of a conversion, and no model yet."""
+    return (folder / FILE_NAME).is_file() and not (folder / "config.json").exists()
+
+
+def saved_up_to(folder: Path) -> str:
+    """Say up to where a folder's checkpoint goes, such as "step 6 of stage align"; "" where it does not tell."""
+    record = _record(folder)
+    stage = record.get("stage", "")
+    point = "the end" if stage in record.get("finished", ()) else f"step {record.get('step', 0)}"
+    return f"{point} of stage {stage}" if stage else ""
+
+
+def how_to_go_on(folder: Path) -> str:
+    """Say in one line that a folder's conversion is not finished, how far it came, and by which command it goes on."""
+    saved, asked = saved_up_to(folder), _record(folder).get("identity", {})
+    words = ["gspn2convert", "distill"]
+    for name in ("teacher", "data"):
+        words += [f"--{name}", asked.get(name, name.upper())]
+    if asked.get("stages", "0,1,2,3") != "0,1,2,3":
+        words += ["--stages", asked["stages"]]
+    if asked.get("precision", "fp32") != "fp32":
+        words += ["--precision", asked["precision"]]
+    command = shlex.join([*words, "--output", str(folder), "--resume"])
+    point = f" (saved up to {saved})" if saved else ""
+    return (
+        f"{folder} holds an unfinished conversion{point} and no model yet; go on with: {command}, "
+        "and what else the run was started with"
+    )
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    """What a checkpoint says of its run, {} where there is none that can be read."""
+    try:
+        with safe_open(folder / FILE_NAME, framework="pt") as file:
+            record: dict[str, Any] = json.loads((file.metadata() or {}).get(KEY, "{}"))
+    except (SafetensorError, OSError, ValueError):
+        return {}
+    return record
