@@ -44,6 +44,15 @@ def how_to_go_on(folder: Path) -> str:
     )
 
 
+def what_is_kept(folder: Path) -> str:
+    """Say in one line what a run has left in its folder that Ctrl-C ended at once, outside of the steps of a stage."""
+    if saved := saved_up_to(folder):
+        return f"stopped; {folder} is saved up to {saved}; resume to go on (the same command with --resume)"
+    if (folder / "config.json").exists():
+        return f"stopped, but {folder} holds a finished model"
+    return "stopped before anything was saved; the same command begins again"
+
+
 def _record(folder: Path) -> dict[str, Any]:
     """What a checkpoint says of its run, {} where there is none that can be read."""
     try:

@@ -63,9 +63,10 @@ def command(output: Path, device: str) -> dict[str, Any]:
     where, seconds, start = pick_device(device), {}, time.perf_counter()
     try:
         metrics = distill(_DEMO, load_recipe(_DEMO), _DEMO, Options(output=output, device=device, quiet=wants_json()))
-    except Interrupted as stop:
+    except (Interrupted, KeyboardInterrupt) as stop:
+        where_stopped = f" in stage {stop.stage}" if isinstance(stop, Interrupted) else ""
         again = f"remove {output} to start again" if output.exists() else "nothing was written, so start it again"
-        raise click.ClickException(f"the demo was stopped in stage {stop.stage}; {again}") from stop
+        raise click.ClickException(f"the demo was stopped{where_stopped}; {again}") from stop
     seconds["distill"] = time.perf_counter() - start
     document = {
         "output": str(output),

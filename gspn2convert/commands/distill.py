@@ -12,6 +12,9 @@ from gspn2convert.commands.report import Document, ReportCommand, gibi, millions
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from gspn2convert.distill import Options
+    from gspn2convert.recipe import Recipe
+
 _DEMO = "demo"
 # Recipes of teachers that have one of their own; all others take `default`.
 _RECIPES = {_DEMO: "demo", "vit_base": "vit_base_imagenet", "dinov2_small": "dinov2_small_photos"}
@@ -181,13 +184,23 @@ def command(
         raise click.UsageError("Missing option '--data': images to convert with (only --teacher demo brings its own)")
     from accelerate import PartialState
 
-    from gspn2convert.distill import Options, distill
+    from gspn2convert.distill import Options
 
     folder = output or Path(f"{Path(teacher).name}-gspn2")
     run = Options(output=folder, quiet=wants_json(), **how)
-    metrics = distill(
-        *(teacher, what, images, run), teacher_weights=teacher_weights, img_size=img_size, keep=keep, student=student
-    )
+    given = {"teacher_weights": teacher_weights, "img_size": img_size, "keep": keep, "student": student}
+    metrics = _convert(teacher, what, images, run, **given)
     if not PartialState().is_main_process:  # of several, one speaks for all
         click.get_current_context().exit()
     return {"output": str(folder), **metrics}
+
+
+def _convert(teacher: str, recipe: "Recipe", data: str, run: "Options", **given: Any) -> dict[str, Any]:
+    """Convert; of Ctrl-C outside of the steps of a stage, which say it themselves, say what is saved."""
+    from gspn2convert.distill import distill
+    from gspn2convert.unfinished import what_is_kept
+
+    try:
+        return distill(teacher, recipe, data, run, **given)
+    except KeyboardInterrupt:
+        raise click.ClickException(what_is_kept(run.output)) from None

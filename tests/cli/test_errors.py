@@ -10,11 +10,15 @@ import sys
 import click
 import pytest
 import torch
+from accelerate import Accelerator
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
+import gspn2convert
 from gspn2convert.cli import explain, main
+from gspn2convert.conversion import Conversion
 from gspn2convert.interrupt import Interrupted
+from gspn2convert.model import Gspn2Vit
 from helpers.command_line import PROGRAM, RECIPE, execute, the_error
 
 DISTILL = "distill --teacher {}/teacher --data {}/data --recipe {}/tiny.yaml --output {}/new "
@@ -216,3 +220,59 @@ def test_ctrl_c_in_training_saves_and_says_how_to_go_on(place, tmp_path):
     assert last.startswith("error: stopped in stage align after ")
     assert last.endswith("(the same command with --resume)")
     assert (tmp_path / "out" / "checkpoint.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "saved",
+    [None, "fit", "align", "recover"],
+    ids=["before the fit", "score of the fit", "score of align", "score of the teacher"],
+)
+def test_ctrl_c_outside_of_the_steps_says_what_is_saved_and_how_to_go_on(run, tmp_path, monkeypatch, saved):
+    """In the evaluations between stages and after the last; the same command with --resume then comes to the end."""
+
+    def interrupting(name, when):
+        real = getattr(Conversion, name)
+
+        def method(self, *given):
+            if when(*given):
+                signal.raise_signal(signal.SIGINT)
+            return real(self, *given)
+
+        monkeypatch.setattr(Conversion, name, method)
+
+    if saved is None:
+        interrupting("_begin", lambda keep: True)
+    elif saved == "recover":
+        interrupting("_top1", lambda model: not isinstance(model, Gspn2Vit))
+    else:
+        interrupting("_score", lambda stage, student: stage == saved)
+    line = DISTILL.replace("{}/new", f"{tmp_path}/out") + "--device cpu"
+    result = run(line)
+    assert result.exit_code == 1
+    go_on = "resume to go on (the same command with --resume)"
+    assert the_error(result) == (
+        f"error: stopped; {tmp_path}/out is saved up to the end of stage {saved}; {go_on}"
+        if saved
+        else "error: stopped before anything was saved; the same command begins again"
+    )
+    assert (tmp_path / "out" / "checkpoint.safetensors").exists() == bool(saved)
+    monkeypatch.undo()
+    result = run(f"{line} --resume" if saved else line)
+    assert result.exit_code == 0, result.output
+    stages = json.loads((tmp_path / "out" / "metrics.json").read_text())["stages"]
+    assert [stage["stage"] for stage in stages] == ["fit", "align", "recover"]
+
+
+def test_ctrl_c_after_the_end_says_that_the_model_is_there(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(Accelerator, "end_training", lambda self: signal.raise_signal(signal.SIGINT))
+    result = run(DISTILL.replace("{}/new", f"{tmp_path}/out") + "--stages 0 --device cpu")
+    assert result.exit_code == 1
+    assert the_error(result) == f"error: stopped, but {tmp_path}/out holds a finished model"
+    assert gspn2convert.load(tmp_path / "out")
+
+
+def test_ctrl_c_in_the_demo_says_how_to_start_again(monkeypatch, tmp_path):
+    monkeypatch.setattr(Conversion, "_begin", lambda self, keep: signal.raise_signal(signal.SIGINT))
+    result = CliRunner().invoke(main, ["demo", "--output", str(tmp_path / "out"), "--device", "cpu"])
+    assert result.exit_code == 1
+    assert the_error(result) == "error: the demo was stopped; nothing was written, so start it again"
