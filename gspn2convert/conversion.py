@@ -6,7 +6,7 @@ import copy
 import functools
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from gspn2convert.images import spread
 from gspn2convert.interrupt import Interrupted, StopWish
 from gspn2convert.keep import Auto
 from gspn2convert.model import Gspn2Vit, build_student, kept_blocks
+from gspn2convert.options import Options
 from gspn2convert.progress import Progress
 from gspn2convert.recipe import Align, Recipe, Recover
 from gspn2convert.recover import RecoverStage
@@ -39,33 +40,6 @@ from gspn2convert.vit import data_config
 _STAGE_SEEDS = {"align": 0, "recover": 1}
 
 MakeObjective = Callable[[Gspn2Vit, VisionTransformer], Objective]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """Where and how a conversion runs; what it does is the recipe's.
-
-    Attributes:
-        output: folder to write.
-        stages: which of 0 (fit), 1 (align), 2 (recover), 3 (curriculum) run; without 0 the mixers start at random.
-        device: "auto", "cpu" or "cuda".
-        precision: "fp32", "bf16" or "fp16" (autocast).
-        workers: processes that read images.
-        cached: decode training images once and keep them on the device.
-        resume: go on where an interrupted run stopped.
-        quiet: show no progress.
-        shard: spread models in training over the processes (FSDP2).
-    """
-
-    output: Path
-    stages: tuple[int, ...] = (0, 1, 2, 3)
-    device: str = "auto"
-    precision: str = "fp32"
-    workers: int = 0
-    cached: bool = False
-    resume: bool = False
-    quiet: bool = False
-    shard: bool = False
 
 
 class Conversion:
@@ -147,7 +121,7 @@ class Conversion:
             "kept_layers": kept_blocks(student),
             **chosen,
             "parameters": {"teacher": count_parameters(self.teacher), "student": count_parameters(student)},
-            "teacher_top1": self._top1(self.teacher),
+            "teacher_top1": self._top1(self._teacher_at(student.patch_embed.img_size)),
             "fit_error": sum(layer["errors"][layer["method"]] for layer in layers) / len(layers) if layers else None,
             "layers": layers,
             "stages": [
@@ -273,6 +247,14 @@ class Conversion:
             scores[name] = self.held_out.compare(student) | {"top1": self._top1(student)}
             shown = ", ".join(f"{key} {value:.4f}" for key, value in scores[name].items() if value is not None)
             self.progress.say(f"after {name}: {shown}")
+
+    def _teacher_at(self, size: tuple[int, int]) -> VisionTransformer:
+        """The teacher at the size (height, width) of the student's last scores."""
+        if tuple(self.teacher.patch_embed.img_size) == tuple(size):
+            return self.teacher
+        teacher = copy.deepcopy(self.teacher)
+        teacher.set_input_size(size)
+        return teacher
 
     def _top1(self, model: VisionTransformer) -> float | None:
         """Share of the test images that a model names right; None where their labels are not its classes."""

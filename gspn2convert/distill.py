@@ -12,7 +12,7 @@ from timm.models import VisionTransformer
 
 from gspn2convert.artifact import check_output_folder, fingerprint, holds_files, origin, save_student
 from gspn2convert.checkpoint import CheckpointStore
-from gspn2convert.conversion import Conversion, Options, public_name
+from gspn2convert.conversion import Conversion, public_name
 from gspn2convert.curriculum import check_sizes, stages_run, teacher_size, trained
 from gspn2convert.data import ImageSet, open_images, own_share
 from gspn2convert.differences import tell_differences
@@ -22,6 +22,7 @@ from gspn2convert.given import check_origin, load_given, recipe_of
 from gspn2convert.keep import Auto, read_keep
 from gspn2convert.mixing import check_pairs
 from gspn2convert.model import Gspn2Vit, kept_blocks
+from gspn2convert.options import Options
 from gspn2convert.progress import Progress
 from gspn2convert.recipe import Recipe, dump_recipe
 from gspn2convert.teachers import load_teacher

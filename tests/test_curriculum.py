@@ -93,9 +93,9 @@ def undisturbed(tmp_path_factory):
     return get
 
 
-def pixels(indices, size):
+def pixels(indices, size, split="train"):
     """Demo images as the teacher wants to see them at a size, by Pillow and torch alone."""
-    source = DemoSource("train")
+    source = DemoSource(split)
     images = [source.read(index)[0].resize((size, size), 3) for index in indices]
     return (torch.tensor(np.stack(images)).unsqueeze(1) / 255 - 0.286) / 0.353
 
@@ -177,12 +177,23 @@ def test_the_guide_is_the_student_as_it_was_before_it_took_the_next_size(tmp_pat
         assert torch.equal(embedding, embeddings[size])
 
 
+def teacher_top1(size, count):
+    """By Pillow and torch alone."""
+    source = DemoSource("test")
+    with torch.no_grad():
+        guesses = load_teacher("demo")(pixels(range(count), size, "test")).argmax(-1)
+    return float((guesses == torch.tensor([source.read(index)[1] for index in range(count)])).double().mean())
+
+
 def test_top1_is_measured_at_the_size_of_the_stage(tmp_path):
     """Of 200 images, of which the teacher guesses some otherwise at 44 px than at 36."""
     metrics = climb(tmp_path / "out", "teacher", tests=200)
     student = gspn2convert.load(tmp_path / "out")
     expected = evaluate(student, None, ImageSet("test", Part("test", 200), in_chans=1), device=torch.device("cpu"))
     assert metrics["stages"][-1]["top1"] == expected["top1"]
+    first, last = (teacher_top1(size, 200) for size in (28, 44))
+    assert metrics["teacher_top1"] == pytest.approx(last, abs=2e-3)
+    assert abs(first - last) > 0.01
 
 
 def assert_same_end(folder, metrics, expected, expected_metrics):
