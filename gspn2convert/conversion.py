@@ -108,12 +108,13 @@ class Conversion:
             self._climb(student)
         return student
 
-    def metrics(self, student: Gspn2Vit, teacher_name: str) -> dict[str, Any]:
-        """Everything measured, for metrics.json."""
+    def metrics(self, student: Gspn2Vit, teacher_name: str, given_name: str) -> dict[str, Any]:
+        """Everything measured, for metrics.json; of a given student the scores stand in the place of the fit's."""
         layers = self.store.notes["layers"]
         chosen = {"selection": self.store.notes["selection"]} if "selection" in self.store.notes else {}
         return {
             "teacher": public_name(teacher_name),
+            "started_from": None if self.given is None else public_name(given_name),
             "recipe": self.recipe.name,
             "data": public_name(self.images.name),
             "seed": self.recipe.seed,
@@ -246,7 +247,8 @@ class Conversion:
         if name not in scores:
             scores[name] = self.held_out.compare(student) | {"top1": self._top1(student)}
             shown = ", ".join(f"{key} {value:.4f}" for key, value in scores[name].items() if value is not None)
-            self.progress.say(f"after {name}: {shown}")
+            place = "the given student" if name == "fit" and self.given is not None else f"after {name}"
+            self.progress.say(f"{place}: {shown}")
 
     def _teacher_at(self, size: tuple[int, int]) -> VisionTransformer:
         """The teacher at the size (height, width) of the student's last scores."""

@@ -74,7 +74,8 @@ def distill(
     images, test = (open_images(data, split, in_chans=channels) for split in ("train", "test"))
     if images.stream is None and class_of_label(vit, test.label_names) is not None and images.same_as(test):
         logger.warning("data %s has no test split: top-1 will be that of images which are trained on", data)
-    return distill_student(vit, recipe, images, test, options, teacher_name=teacher, keep=kept, given=given)
+    names = {"teacher_name": teacher, "given_name": str(student)}
+    return distill_student(vit, recipe, images, test, options, **names, keep=kept, given=given)
 
 
 def distill_student(
@@ -87,6 +88,7 @@ def distill_student(
     teacher_name: str,
     keep: Sequence[int] | Auto = (),
     given: Gspn2Vit | None = None,
+    given_name: str = "unnamed",
 ) -> dict[str, Any]:
     """Convert a teacher: fit, train, save.
 
@@ -99,6 +101,7 @@ def distill_student(
         teacher_name: what the output folder calls the teacher.
         keep: blocks that keep attention, or how to choose them; those of `given` where there is one.
         given: student of this teacher to go on from, in place of stage 0; it is changed.
+        given_name: what the output folder calls that student.
 
     Returns:
         The metrics, which the output folder holds as metrics.json.
@@ -127,13 +130,18 @@ def distill_student(
         there = teacher.to(accelerator.device)
         run = Conversion(there, recipe, images, test, options, accelerator, store, progress, given)
         student = run.stages(keep)
-    metrics = run.metrics(student, teacher_name)
-    if accelerator.is_main_process:
-        whose = {"teacher": teacher_name, "teacher_weights": origin(teacher)}
-        save_student(student, options.output, recipe_text=dump_recipe(recipe), metrics=metrics, **whose)
-        store.path.unlink(missing_ok=True)
+    return _save(run, student, teacher_name, given_name)
+
+
+def _save(run: Conversion, student: Gspn2Vit, teacher_name: str, given_name: str) -> dict[str, Any]:
+    """Measure and write what came out; the metrics."""
+    metrics = run.metrics(student, teacher_name, given_name)
+    if run.accelerator.is_main_process:
+        whose = {"teacher": teacher_name, "teacher_weights": origin(run.teacher)}
+        save_student(student, run.options.output, recipe_text=dump_recipe(run.recipe), metrics=metrics, **whose)
+        run.store.path.unlink(missing_ok=True)
         _tell_decline(metrics["stages"])
-    accelerator.end_training()
+    run.accelerator.end_training()
     return metrics
 
 

@@ -97,6 +97,25 @@ def test_going_on_ends_where_one_run_does(run, tmp_path, keep):
     assert [type(block.attn) for block in blocks] == [Gspn2Mixer, Attention if keep else Gspn2Mixer]
 
 
+def test_the_result_says_which_student_it_came_from(run, run_cli, tmp_path):
+    fit = run("fit", stages=(0,))
+    (tmp_path / "tiny.yaml").write_text(RECIPE)
+    places = {name: tmp_path / value for name, value in (("recipe", "tiny.yaml"), ("output", "on"), ("student", "fit"))}
+    places |= {"teacher": tmp_path / "teacher", "data": tmp_path / "data"}
+    options = [word for name, place in places.items() for word in (f"--{name}", place)]
+    result = run_cli("distill", *options, "--stages", "1", "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    metrics = json.loads((tmp_path / "on" / "metrics.json").read_text())
+    assert (fit["started_from"], metrics["started_from"]) == (None, "fit")
+    assert [row.split()[0] for row in result.stdout.splitlines()[1:3]] == ["given", "align"]
+    assert "\nwent on from fit\nwrote " in result.stdout
+    given = metrics["stages"][0]
+    assert (given["stage"], given["cosine"]) == ("fit", fit["stages"][0]["cosine"])
+    assert f"the given student: prefix_cosine {given['prefix_cosine']:.4f}, " in result.stderr
+    cards = [(tmp_path / name / "README.md").read_text() for name in ("fit", "on")]
+    assert ["| started_from | fit |" in card for card in cards] == [False, True]
+
+
 def test_the_recipe_cannot_make_it_keep_other_blocks(run, tmp_path):
     run("fit", stages=(0,), keep="1")
     found = run("on", stages=(1,), student=tmp_path / "fit", recipe=RECIPE + 'keep: "0"\n')

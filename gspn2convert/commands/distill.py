@@ -88,18 +88,18 @@ def _show_result(document: Document, console: "Console") -> None:
     out = document["output"]
     top1 = document["teacher_top1"]
     teacher = "" if top1 is None else f"; the teacher's top-1 is {percent(top1)}"
-    if document["fit_error"] is not None:
-        console.print(f"mean error after the fit {document['fit_error']:.3f}{teacher}")
+    given, error = document.get("started_from"), document["fit_error"]
+    console.print(f"went on from {given}{teacher}" if given else f"mean error after the fit {error:.3f}{teacher}")
     console.print(f"wrote {out}; next: gspn2convert export {out}, or gspn2convert.load({out!r}) in Python")
 
 
 def _show_stages(document: Document, console: "Console") -> None:
-    """Print what each stage came to, with the figures that there are."""
-    stages = document["stages"]
+    """Print what each stage came to, with the figures that there are; a given student has the place of the fit."""
+    stages, first = document["stages"], "given" if document.get("started_from") else "fit"
     known = {key: title for key, title in {**_SCORES, **_SHARES}.items() if stages[0].get(key) is not None}
     rows = [
         (
-            stage["stage"],
+            first if stage["stage"] == "fit" else stage["stage"],
             f"{stage['seconds']:.1f}",
             *(percent(stage[key]) if key in _SHARES else f"{stage[key]:.4f}" for key in known),
         )
