@@ -76,10 +76,7 @@ def save_student(
     teacher = path.name if path.is_absolute() else teacher
     config = _config(student, teacher, teacher_weights)
     tensors = {name: value.detach().cpu().contiguous() for name, value in student.state_dict().items()}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the folder {folder}: {error.strerror}; choose another") from error
+    make_folder(folder)
     write_atomic(folder / WEIGHTS_FILE, safetensors.torch.save(tensors, metadata={"format": "pt"}))
     write_atomic(folder / "recipe.yaml", recipe_text.encode())
     write_atomic(folder / "metrics.json", _json(metrics))
@@ -208,6 +205,18 @@ def check_output_folder(path: str | Path, resume: bool) -> None:
         raise UserError(f"the output folder {path} cannot be made: {there} is no folder that can be written to")
     if not resume and holds_files(path):
         raise UserError(f"the output folder {path} is not empty; name another, or go on with a stopped run by --resume")
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it, unless they are there.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {folder}: {error.strerror}; choose another") from error
 
 
 def holds_files(folder: Path) -> bool:

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from gspn2convert.artifact import write_atomic
+from gspn2convert.artifact import make_folder, write_atomic
 from gspn2convert.differences import tell_differences
 from gspn2convert.errors import UserError
 from gspn2convert.fsdp import whole
@@ -123,16 +123,10 @@ class CheckpointStore:
                 content[name] = full.cpu().contiguous()
         if self.main:
             record = {"identity": self.identity} | {name: getattr(self, name) for name in _RECORDED}
-            self._make_folder()
+            make_folder(self.path.parent)
             write_atomic(self.path, save(content, {KEY: json.dumps(record)}))
         self._saved_at, self._saved_step = time.monotonic(), step
         self._cost = self._saved_at - began
-
-    def _make_folder(self) -> None:
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot make the folder {self.path.parent}: {error.strerror}; choose another") from error
 
     def finish(self, stage: str, step: int, student: nn.Module) -> None:
         """Mark a stage as done and save the student, which is all that later stages need."""

@@ -20,6 +20,7 @@ from gspn2convert.errors import UserError
 from gspn2convert.evaluate import class_of_label
 from gspn2convert.given import check_origin, load_given, recipe_of
 from gspn2convert.keep import Auto, read_keep
+from gspn2convert.lock import sole_writer
 from gspn2convert.mixing import check_pairs
 from gspn2convert.model import Gspn2Vit, kept_blocks
 from gspn2convert.options import Options
@@ -122,15 +123,16 @@ def distill_student(
     _check_processes(recipe, options, accelerator.num_processes)
     what = {"teacher": teacher_name, "data": images.name, "keep": _named(keep)}
     identity = what | _identity(teacher, recipe, options, given) | {"list of images": images.digest()}
-    store = CheckpointStore(options.output, identity, main=accelerator.is_main_process)
-    if options.resume and not store.load() and (done := _finished(options, what, recipe)):
-        return done
-    with Progress(quiet=options.quiet or not accelerator.is_main_process) as progress:
-        given = None if given is None else given.to(accelerator.device)
-        there = teacher.to(accelerator.device)
-        run = Conversion(there, recipe, images, test, options, accelerator, store, progress, given)
-        student = run.stages(keep)
-    return _save(run, student, teacher_name, given_name)
+    with sole_writer(options.output, options.resume, accelerator):
+        store = CheckpointStore(options.output, identity, main=accelerator.is_main_process)
+        if options.resume and not store.load() and (done := _finished(options, what, recipe)):
+            return done
+        with Progress(quiet=options.quiet or not accelerator.is_main_process) as progress:
+            given = None if given is None else given.to(accelerator.device)
+            there = teacher.to(accelerator.device)
+            run = Conversion(there, recipe, images, test, options, accelerator, store, progress, given)
+            student = run.stages(keep)
+        return _save(run, student, teacher_name, given_name)
 
 
 def _save(run: Conversion, student: Gspn2Vit, teacher_name: str, given_name: str) -> dict[str, Any]:

@@ -222,6 +222,25 @@ def test_ctrl_c_in_training_saves_and_says_how_to_go_on(place, tmp_path):
     assert (tmp_path / "out" / "checkpoint.safetensors").exists()
 
 
+def test_a_run_beside_a_running_one_is_refused(place, run, tmp_path):
+    (tmp_path / "long.yaml").write_text(RECIPE.replace("align: {steps: 2", "align: {steps: 100000"))
+    line = (
+        f"distill --teacher {place}/teacher --data {place}/data --recipe {tmp_path}/long.yaml --output {tmp_path}/out"
+    )
+    process = subprocess.Popen([*PROGRAM, *line.split()], stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    while not process.stderr.readline().startswith("align"):
+        assert process.poll() is None
+    refused = run(f"{line} --resume")
+    process.send_signal(signal.SIGINT)
+    *_, last = process.stderr.read().splitlines()
+    assert process.wait(timeout=60) == 1
+    assert last.startswith("error: stopped in stage align after ")
+    assert refused.exit_code == 2
+    assert the_error(refused).startswith(f"error: another run is writing to {tmp_path}/out; let it end or stop it")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["checkpoint.safetensors"]
+
+
 @pytest.mark.parametrize(
     "saved",
     [None, "fit", "align", "recover"],
