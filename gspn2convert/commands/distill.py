@@ -89,7 +89,8 @@ def _show_result(document: Document, console: "Console") -> None:
     top1 = document["teacher_top1"]
     teacher = "" if top1 is None else f"; the teacher's top-1 is {percent(top1)}"
     given, error = document.get("started_from"), document["fit_error"]
-    console.print(f"went on from {given}{teacher}" if given else f"mean error after the fit {error:.3f}{teacher}")
+    if given or error is not None:
+        console.print(f"went on from {given}{teacher}" if given else f"mean error after the fit {error:.3f}{teacher}")
     console.print(f"wrote {out}; next: gspn2convert export {out}, or gspn2convert.load({out!r}) in Python")
 
 

@@ -110,7 +110,11 @@ def convert(row: Row, recipe: Recipe, teacher: VisionTransformer, arguments: arg
     keep = read_keep(row.keep, len(teacher.blocks))
     began = time.monotonic()
     metrics = distill_student(
-        *(teacher, recipe, images, test, options), teacher_name=arguments.setting, keep=keep, given=given
+        *(teacher, recipe, images, test, options),
+        teacher_name=arguments.setting,
+        keep=keep,
+        given=given,
+        given_name=row.after or arguments.row,
     )
     minutes = (time.monotonic() - began) / 60
     student = gspn2convert.load(folder) if given is None else given
