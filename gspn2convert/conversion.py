@@ -247,7 +247,11 @@ class Conversion:
         if name not in scores:
             scores[name] = self.held_out.compare(student) | {"top1": self._top1(student)}
             shown = ", ".join(f"{key} {value:.4f}" for key, value in scores[name].items() if value is not None)
-            place = "the given student" if name == "fit" and self.given is not None else f"after {name}"
+            place = f"after {name}"
+            if name == "fit" and 0 not in self.options.stages:
+                place = "the random start"
+            if name == "fit" and self.given is not None:
+                place = "the given student"
             self.progress.say(f"{place}: {shown}")
 
     def _teacher_at(self, size: tuple[int, int]) -> VisionTransformer:

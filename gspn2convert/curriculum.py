@@ -113,7 +113,7 @@ def check_sizes(teacher: VisionTransformer, recipe: Recipe, stages: Sequence[int
     if regions > most:
         logger.warning(
             "mixer.regions is %d, and images have %d x %d patches: more regions than rows of patches gain nothing and "
-            "cost time; convert with mixer.regions of %d or less, or at larger images",
+            "cost time; convert the teacher with mixer.regions of %d or less, or at larger images",
             *(regions, rows, columns, most),
         )
 

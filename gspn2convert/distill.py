@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from gspn2convert.progress import Progress
 from gspn2convert.recipe import Recipe, dump_recipe
 from gspn2convert.teachers import load_teacher
 from gspn2convert.train import make_accelerator
+from gspn2convert.unfinished import CACHE
 
 __all__ = ["Options", "distill", "distill_student"]
 
@@ -75,7 +77,7 @@ def distill(
     images, test = (open_images(data, split, in_chans=channels) for split in ("train", "test"))
     if images.stream is None and class_of_label(vit, test.label_names) is not None and images.same_as(test):
         logger.warning("data %s has no test split: top-1 will be that of images which are trained on", data)
-    names = {"teacher_name": teacher, "given_name": str(student)}
+    names = {"teacher_name": teacher} | ({} if student is None else {"given_name": str(student)})
     return distill_student(vit, recipe, images, test, options, **names, keep=kept, given=given)
 
 
@@ -109,7 +111,7 @@ def distill_student(
 
     Raises:
         UserError: something given cannot be used.
-        Interrupted: Ctrl-C or SIGTERM; `resume` goes on from there.
+        Interrupted: Ctrl-C or SIGTERM in the steps of a stage; `resume` goes on from there.
     """
     if given is not None:
         keep, recipe = kept_blocks(given), recipe_of(given, recipe)
@@ -123,6 +125,7 @@ def distill_student(
     _check_processes(recipe, options, accelerator.num_processes)
     what = {"teacher": teacher_name, "data": images.name, "keep": _named(keep)}
     identity = what | _identity(teacher, recipe, options, given) | {"list of images": images.digest()}
+    what["student"] = "" if given is None else public_name(given_name)
     with sole_writer(options.output, options.resume, accelerator):
         store = CheckpointStore(options.output, identity, main=accelerator.is_main_process)
         if options.resume and not store.load() and (done := _finished(options, what, recipe)):
@@ -204,7 +207,7 @@ def _identity(teacher: VisionTransformer, recipe: Recipe, options: Options, give
         "stages": ",".join(map(str, options.stages)),
         "image size": "x".join(map(str, teacher.patch_embed.img_size)),
         "precision": options.precision,
-        "place where views are made (--cache)": "device" if options.cached else "workers",
+        CACHE: "device" if options.cached else "workers",
     }
 
 
@@ -220,17 +223,21 @@ def _finished(options: Options, asked: dict[str, str], recipe: Recipe) -> dict[s
         metrics: dict[str, Any] = json.loads((folder / "metrics.json").read_text())
         had = {name: metrics[name] for name in ("teacher", "data")}
         had["keep"] = metrics.get("selection", {}).get("keep", ",".join(map(str, metrics["kept_layers"])))
+        had["student"] = metrics.get("started_from") or ""
         had["stages"] = ",".join(map(str, metrics["stages_run"]))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{folder / 'metrics.json'} is damaged ({error!r}); name another folder") from error
     wanted = {name: public_name(asked[name]) for name in ("teacher", "data")} | {"keep": asked["keep"]}
+    wanted["student"] = asked["student"]
     wanted["stages"] = ",".join(map(str, stages_run(recipe, options.stages)))
     recipes = [{"recipe": text} for text in ((folder / "recipe.yaml").read_text(), dump_recipe(recipe))]
-    other = [f"{name} {had[name]} and not {want}" for name, want in wanted.items() if had[name] != want]
+    differing = ((had[name] or "none", want or "none", name) for name, want in wanted.items() if had[name] != want)
+    other = [f"{name} {ours} and not {theirs}" for ours, theirs, name in differing]
+    quoted = shlex.quote(str(folder))
     if other or recipes[0] != recipes[1]:
         raise UserError(
             f"{folder} is finished, with {other[0] if other else 'another recipe'}; name another folder, and to go on "
-            f"from this one --student {folder}{tell_differences(*recipes)}"
+            f"from this one --student {quoted}{tell_differences(*recipes)}"
         )
-    logger.warning("%s is finished already, nothing to resume; to go on from it: --student %s", folder, folder)
+    logger.warning("%s is finished already, nothing to resume; to go on from it: --student %s", folder, quoted)
     return metrics

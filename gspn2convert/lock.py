@@ -1,6 +1,7 @@
 """One run at a time in an output folder: a lock on the folder itself, which the kernel drops when the process dies.
 
-It leaves no file behind. Between machines that share a file system it may not hold.
+It leaves no file behind. Between machines that share a file system it may not hold, and a folder that is removed under
+a run takes its lock along.
 """
 
 from __future__ import annotations
@@ -33,12 +34,12 @@ def sole_writer(folder: Path, resume: bool, accelerator: Accelerator) -> Iterato
         UserError: another run is writing there, or has written there.
     """
     with contextlib.ExitStack() as stack:
-        refusal = None
+        refusal: Exception | None = None
         if accelerator.is_main_process:
             try:
                 stack.enter_context(_locked(folder))
                 check_output_folder(folder, resume)
-            except UserError as error:
+            except (UserError, OSError) as error:  # told to the other processes, which wait
                 refusal = error
         refused = accelerator.reduce(torch.tensor(float(refusal is not None), device=accelerator.device))
         if bool(refused):
@@ -103,8 +104,7 @@ def _flock(folder: Path) -> int | None:
         os.close(descriptor)
         if isinstance(error, BlockingIOError):
             raise UserError(
-                f"another run is writing to {folder}; let it end or stop it, then go on from there with --resume, "
-                "or name another output folder"
+                f"another run is writing to {folder}; let it end or stop it, or name another output folder"
             ) from error
         return None
     return descriptor

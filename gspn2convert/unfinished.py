@@ -10,6 +10,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 FILE_NAME = "checkpoint.safetensors"
+CACHE = "place where views are made (--cache)"  # a name of what must be the same for a run to be resumed
 KEY = "gspn2convert.checkpoint.3"  # the file's one metadata entry; the number changes when the content does
 
 
@@ -28,19 +29,25 @@ def saved_up_to(folder: Path) -> str:
 
 def how_to_go_on(folder: Path) -> str:
     """Say in one line that a folder's conversion is not finished, how far it came, and by which command it goes on."""
-    saved, asked = saved_up_to(folder), _record(folder).get("identity", {})
-    words = ["gspn2convert", "distill"]
-    for name in ("teacher", "data"):
-        words += [f"--{name}", asked.get(name, name.upper())]
-    if asked.get("stages", "0,1,2,3") != "0,1,2,3":
+    asked = _record(folder).get("identity")
+    if asked is None:
+        return (
+            f"{folder} holds no model, and a checkpoint that this version cannot read; restore {folder / FILE_NAME} "
+            "from a copy, or remove it and start again"
+        )
+    words = ["gspn2convert", "distill", "--teacher", asked["teacher"], "--data", asked["data"]]
+    if asked["keep"] and not asked["student"]:
+        words += ["--keep", asked["keep"]]
+    if asked["stages"] != "0,1,2,3":
         words += ["--stages", asked["stages"]]
-    if asked.get("precision", "fp32") != "fp32":
+    if asked["precision"] != "fp32":
         words += ["--precision", asked["precision"]]
+    if asked[CACHE] == "device":
+        words += ["--cache"]
     command = shlex.join([*words, "--output", str(folder), "--resume"])
-    point = f" (saved up to {saved})" if saved else ""
     return (
-        f"{folder} holds an unfinished conversion{point} and no model yet; go on with: {command}, "
-        "and what else the run was started with"
+        f"{folder} holds an unfinished conversion (saved up to {saved_up_to(folder)}) and no model yet; if no run is "
+        f"at work there, go on with: {command}, and what else the run was started with, such as its recipe"
     )
 
 
@@ -57,7 +64,7 @@ def _record(folder: Path) -> dict[str, Any]:
     """What a checkpoint says of its run, {} where there is none that can be read."""
     try:
         with safe_open(folder / FILE_NAME, framework="pt") as file:
-            record: dict[str, Any] = json.loads((file.metadata() or {}).get(KEY, "{}"))
+            record = json.loads((file.metadata() or {}).get(KEY, "{}"))
     except (SafetensorError, OSError, ValueError):
         return {}
-    return record
+    return record if isinstance(record, dict) else {}

@@ -94,7 +94,9 @@ def test_of_what_differs_the_first_fields_are_told_with_both_values(tmp_path):
         " (recipe.name was 'a' and is 'b' now; recipe.recover.ema was 0.5 and is nothing now; "
         "recipe.recover.losses.kl was 1.0 and is 2.0 now; and 2 more)"
     )
-    assert told(student="ff") == ""
+    student = " (student was 'one of fingerprint 0a1b' and is "
+    assert told(student="ff" * 8) == f"{student}'one of fingerprint ffffffff' now)"
+    assert told(student="") == f"{student}'none' now)"
 
 
 @pytest.mark.parametrize("size", [0, 1, 7, 8, 100, -1000, -1])

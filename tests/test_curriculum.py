@@ -291,7 +291,7 @@ def test_more_regions_than_rows_of_patches_are_told_once(tmp_path, caplog):
     told = [record.getMessage() for record in caplog.records if "regions" in record.getMessage()]
     assert told == [
         "mixer.regions is 9, and images have 7 x 7 patches: more regions than rows of patches gain nothing and "
-        "cost time; convert with mixer.regions of 7 or less, or at larger images"
+        "cost time; convert the teacher with mixer.regions of 7 or less, or at larger images"
     ]
     caplog.clear()
     what = parse_recipe(recipe.replace("TARGET", "teacher"), "test")

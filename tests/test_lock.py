@@ -22,10 +22,7 @@ from helpers.processes import environment, run_two
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-REFUSAL = (
-    "another run is writing to {}; let it end or stop it, then go on from there with --resume, "
-    "or name another output folder"
-)
+REFUSAL = "another run is writing to {}; let it end or stop it, or name another output folder"
 
 
 def alone(folder, *, resume=False):

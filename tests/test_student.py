@@ -116,6 +116,19 @@ def test_the_result_says_which_student_it_came_from(run, run_cli, tmp_path):
     assert ["| started_from | fit |" in card for card in cards] == [False, True]
 
 
+def test_a_finished_run_from_another_student_is_not_taken_for_what_is_asked(run, tmp_path):
+    run("fit", stages=(0,))
+    run("other", stages=(0,))
+    metrics = run("on", stages=(1,), student=tmp_path / "fit")
+    before = (tmp_path / "on" / "metrics.json").read_bytes()
+    assert run("on", stages=(1,), student=tmp_path / "fit", resume=True) == metrics
+    with pytest.raises(UserError, match="on is finished, with student fit and not other; name another folder"):
+        run("on", stages=(1,), student=tmp_path / "other", resume=True)
+    with pytest.raises(UserError, match="on is finished, with student fit and not none; name another folder"):
+        run("on", stages=(1,), resume=True)
+    assert (tmp_path / "on" / "metrics.json").read_bytes() == before
+
+
 def test_the_recipe_cannot_make_it_keep_other_blocks(run, tmp_path):
     run("fit", stages=(0,), keep="1")
     found = run("on", stages=(1,), student=tmp_path / "fit", recipe=RECIPE + 'keep: "0"\n')

@@ -1,5 +1,6 @@
 """`gspn2convert distill`: the conversion itself."""
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,14 +90,25 @@ def _show_result(document: Document, console: "Console") -> None:
     top1 = document["teacher_top1"]
     teacher = "" if top1 is None else f"; the teacher's top-1 is {percent(top1)}"
     given, error = document.get("started_from"), document["fit_error"]
-    if given or error is not None:
-        console.print(f"went on from {given}{teacher}" if given else f"mean error after the fit {error:.3f}{teacher}")
-    console.print(f"wrote {out}; next: gspn2convert export {out}, or gspn2convert.load({out!r}) in Python")
+    if given:
+        console.print(f"went on from {given}{teacher}", soft_wrap=True)
+    elif error is not None:
+        start = "after the fit" if _begins(document) == "fit" else "of the random start"
+        console.print(f"mean error {start} {error:.3f}{teacher}")
+    export = f"gspn2convert export {shlex.quote(out)}"
+    console.print(f"wrote {out}; next: {export}, or gspn2convert.load({out!r}) in Python", soft_wrap=True)
+
+
+def _begins(document: Document) -> str:
+    """Name what a conversion began with: the fit of stage 0, a given student, or a random start."""
+    if document.get("started_from"):
+        return "given"
+    return "fit" if 0 in document.get("stages_run", (0,)) else "random"
 
 
 def _show_stages(document: Document, console: "Console") -> None:
-    """Print what each stage came to, with the figures that there are; a given student has the place of the fit."""
-    stages, first = document["stages"], "given" if document.get("started_from") else "fit"
+    """Print what each stage came to, with the figures that there are; what it began with has the place of the fit."""
+    stages, first = document["stages"], _begins(document)
     known = {key: title for key, title in {**_SCORES, **_SHARES}.items() if stages[0].get(key) is not None}
     rows = [
         (

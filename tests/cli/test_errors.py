@@ -229,12 +229,15 @@ def test_a_run_beside_a_running_one_is_refused(place, run, tmp_path):
     )
     process = subprocess.Popen([*PROGRAM, *line.split()], stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
-    while not process.stderr.readline().startswith("align"):
-        assert process.poll() is None
-    refused = run(f"{line} --resume")
-    process.send_signal(signal.SIGINT)
-    *_, last = process.stderr.read().splitlines()
-    assert process.wait(timeout=60) == 1
+    try:
+        while not process.stderr.readline().startswith("align"):
+            assert process.poll() is None
+        refused = run(f"{line} --resume")
+        process.send_signal(signal.SIGINT)
+        *_, last = process.stderr.read().splitlines()
+        assert process.wait(timeout=60) == 1
+    finally:
+        process.kill()
     assert last.startswith("error: stopped in stage align after ")
     assert refused.exit_code == 2
     assert the_error(refused).startswith(f"error: another run is writing to {tmp_path}/out; let it end or stop it")

@@ -66,7 +66,7 @@ def test_a_finished_run_of_something_else_is_not_taken_for_what_is_asked(run, te
     ("change", "words"),
     [
         ({"recipe": RECIPE + "seed: 1"}, "another recipe"),
-        ({"keep": (0,)}, "keep  and not 0"),
+        ({"keep": (0,)}, "keep none and not 0"),
         ({"stages": (0, 1)}, "stages 0 and not 0,1"),
     ],
     ids=("recipe", "keep", "stages"),
@@ -108,20 +108,23 @@ def test_of_a_stopped_run_every_command_says_how_to_go_on(run_cli, stopped, comm
     assert result.exit_code == 2
     assert result.stderr == (
         f"error: {stopped} holds an unfinished conversion (saved up to step 2 of stage align) and no model yet; "
-        f"go on with: gspn2convert distill --teacher tiny --data pictures --output {stopped} --resume, "
-        "and what else the run was started with\n"
+        f"if no run is at work there, go on with: gspn2convert distill --teacher tiny --data pictures "
+        f"--output {stopped} --resume, "
+        "and what else the run was started with, such as its recipe\n"
     )
     assert snapshot(stopped) == before
 
 
-def test_the_way_to_go_on_names_stages_and_precision(run, tmp_path):
+def test_the_way_to_go_on_names_what_the_checkpoint_knows(run, tmp_path):
     with pytest.raises(Interrupted):
-        run(pictures=Pictures(terminate_at_read=12 + 32 + 8 + 4 + 1), stages=(0, 1), precision="bf16")
-    told = "distill --teacher tiny --data pictures --stages 0,1 --precision bf16 --output .*out --resume, and what else"
+        run(pictures=Pictures(terminate_at_read=12 + 32 + 8 + 4 + 1), stages=(0, 1), precision="bf16", keep=(1,))
+    told = (
+        "--teacher tiny --data pictures --keep 1 --stages 0,1 --precision bf16 --output .*out --resume, and what else"
+    )
     with pytest.raises(UserError, match=f"saved up to step 2 of stage align.*{told}"):
         load(tmp_path / "out")
     (tmp_path / "out" / FILE_NAME).write_bytes(b"damaged")
-    told = "out holds an unfinished conversion and no model yet; go on with: gspn2convert distill --teacher TEACHER"
+    told = "out holds no model, and a checkpoint that this version cannot read; restore .*/checkpoint.safetensors from"
     with pytest.raises(UserError, match=told):
         load(tmp_path / "out")
 
