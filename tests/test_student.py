@@ -116,6 +116,16 @@ def test_the_result_says_which_student_it_came_from(run, run_cli, tmp_path):
     assert ["| started_from | fit |" in card for card in cards] == [False, True]
 
 
+def test_a_random_start_is_called_one(run_cli, save_teacher, run, tmp_path):
+    (tmp_path / "tiny.yaml").write_text(RECIPE)
+    options = f"--teacher {save_teacher()} --data {tmp_path}/data --recipe {tmp_path}/tiny.yaml --output {tmp_path}/out"
+    result = run_cli("distill", *options.split(), "--stages", "1", "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    assert [row.split()[0] for row in result.stdout.splitlines()[1:3]] == ["random", "align"]
+    assert "\nmean error of the random start " in result.stdout
+    assert "the random start: prefix_cosine " in result.stderr
+
+
 def test_a_finished_run_from_another_student_is_not_taken_for_what_is_asked(run, tmp_path):
     run("fit", stages=(0,))
     run("other", stages=(0,))
