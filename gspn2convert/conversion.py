@@ -16,7 +16,7 @@ from timm.models import VisionTransformer
 from gspn2convert.checkpoint import CheckpointStore
 from gspn2convert.convert import LayerReport, convert
 from gspn2convert.cost import count_parameters
-from gspn2convert.curriculum import CURRICULUM, ReducedStage, guide_of, stages_run, trained
+from gspn2convert.curriculum import CURRICULUM, ReducedStage, resized, stages_run, trained
 from gspn2convert.data import ImageSet, split_images
 from gspn2convert.environment import environment
 from gspn2convert.evaluate import class_of_label, evaluate
@@ -108,13 +108,13 @@ class Conversion:
             self._climb(student)
         return student
 
-    def metrics(self, student: Gspn2Vit, teacher_name: str, given_name: str) -> dict[str, Any]:
+    def metrics(self, student: Gspn2Vit, teacher_name: str, started_from: str) -> dict[str, Any]:
         """Everything measured, for metrics.json; of a given student the scores stand in the place of the fit's."""
         layers = self.store.notes["layers"]
         chosen = {"selection": self.store.notes["selection"]} if "selection" in self.store.notes else {}
         return {
             "teacher": public_name(teacher_name),
-            "started_from": None if self.given is None else public_name(given_name),
+            "started_from": started_from or None,
             "recipe": self.recipe.name,
             "data": public_name(self.images.name),
             "seed": self.recipe.seed,
@@ -122,7 +122,7 @@ class Conversion:
             "kept_layers": kept_blocks(student),
             **chosen,
             "parameters": {"teacher": count_parameters(self.teacher), "student": count_parameters(student)},
-            "teacher_top1": self._top1(self._teacher_at(student.patch_embed.img_size)),
+            "teacher_top1": self._teacher_top1(student.patch_embed.img_size),
             "fit_error": sum(layer["errors"][layer["method"]] for layer in layers) / len(layers) if layers else None,
             "layers": layers,
             "stages": [
@@ -192,7 +192,8 @@ class Conversion:
             self._see(size)
             guide = None
             if name not in self.store.finished:
-                guide = guide_of(student, before) if self.recipe.curriculum.target == "previous" else None
+                # Resumed in this stage, the student has its size already; the guide's weights are in the checkpoint.
+                guide = resized(student, before) if self.recipe.curriculum.target == "previous" else None
                 student.set_input_size(_side(name))
             self._train(name, spec, functools.partial(self._curriculum_stage, before, guide), student)
             before = _side(name)
@@ -248,19 +249,11 @@ class Conversion:
             scores[name] = self.held_out.compare(student) | {"top1": self._top1(student)}
             shown = ", ".join(f"{key} {value:.4f}" for key, value in scores[name].items() if value is not None)
             place = f"after {name}"
-            if name == "fit" and 0 not in self.options.stages:
-                place = "the random start"
             if name == "fit" and self.given is not None:
                 place = "the given student"
+            elif name == "fit" and 0 not in self.options.stages:
+                place = "the random start"
             self.progress.say(f"{place}: {shown}")
-
-    def _teacher_at(self, size: tuple[int, int]) -> VisionTransformer:
-        """The teacher at the size (height, width) of the student's last scores."""
-        if tuple(self.teacher.patch_embed.img_size) == tuple(size):
-            return self.teacher
-        teacher = copy.deepcopy(self.teacher)
-        teacher.set_input_size(size)
-        return teacher
 
     def _top1(self, model: VisionTransformer) -> float | None:
         """Share of the test images that a model names right; None where their labels are not its classes."""
@@ -268,6 +261,11 @@ class Conversion:
             return None
         figures = evaluate(model, None, self.test, device=self.accelerator.device, workers=self.options.workers)
         return float(figures["top1"])
+
+    def _teacher_top1(self, size: tuple[int, int]) -> float | None:
+        """The same of the teacher, at the size (height, width) of the student's last scores."""
+        as_it_is = not self.labelled or tuple(self.teacher.patch_embed.img_size) == tuple(size)
+        return self._top1(self.teacher if as_it_is else resized(self.teacher, size))
 
 
 def _side(name: str) -> tuple[int, int]:

@@ -9,6 +9,7 @@ import copy
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,8 @@ from gspn2convert.stage import frozen_tokens
 from gspn2convert.vit import grid_size
 
 logger = logging.getLogger(__name__)
+
+Vit = TypeVar("Vit", bound=VisionTransformer)
 
 CURRICULUM = "curriculum-"  # a size's name begins so
 
@@ -67,14 +70,11 @@ class ReducedStage(RecoverStage):
         return resize_patches(tokens, grid_size(self.student, *self.size), grid_size(self.student, *images.shape[-2:]))
 
 
-def guide_of(student: Gspn2Vit, size: tuple[int, int]) -> Gspn2Vit:
-    """The student of a size (height, width), to teach that of the next one; one that is resumed has the next already.
-
-    Its weights are then those of the checkpoint.
-    """
-    guide = copy.deepcopy(student)
-    guide.set_input_size(size)
-    return guide
+def resized(model: Vit, size: tuple[int, int]) -> Vit:
+    """A copy of a model at another image size (height, width)."""
+    copied = copy.deepcopy(model)
+    copied.set_input_size(size)
+    return copied
 
 
 def teacher_size(recipe: Recipe, img_size: int | None, stages: Sequence[int]) -> int | None:

@@ -125,22 +125,26 @@ def distill_student(
     _check_processes(recipe, options, accelerator.num_processes)
     what = {"teacher": teacher_name, "data": images.name, "keep": _named(keep)}
     identity = what | _identity(teacher, recipe, options, given) | {"list of images": images.digest()}
-    what["student"] = "" if given is None else public_name(given_name)
+    started_from = "" if given is None else public_name(given_name)
     with sole_writer(options.output, options.resume, accelerator):
         store = CheckpointStore(options.output, identity, main=accelerator.is_main_process)
-        if options.resume and not store.load() and (done := _finished(options, what, recipe)):
+        if (
+            options.resume
+            and not store.load()
+            and (done := _finished(options, what | {"student": started_from}, recipe))
+        ):
             return done
         with Progress(quiet=options.quiet or not accelerator.is_main_process) as progress:
             given = None if given is None else given.to(accelerator.device)
             there = teacher.to(accelerator.device)
             run = Conversion(there, recipe, images, test, options, accelerator, store, progress, given)
             student = run.stages(keep)
-        return _save(run, student, teacher_name, given_name)
+        return _save(run, student, teacher_name, started_from)
 
 
-def _save(run: Conversion, student: Gspn2Vit, teacher_name: str, given_name: str) -> dict[str, Any]:
+def _save(run: Conversion, student: Gspn2Vit, teacher_name: str, started_from: str) -> dict[str, Any]:
     """Measure and write what came out; the metrics."""
-    metrics = run.metrics(student, teacher_name, given_name)
+    metrics = run.metrics(student, teacher_name, started_from)
     if run.accelerator.is_main_process:
         whose = {"teacher": teacher_name, "teacher_weights": origin(run.teacher)}
         save_student(student, run.options.output, recipe_text=dump_recipe(run.recipe), metrics=metrics, **whose)

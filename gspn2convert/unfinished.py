@@ -19,17 +19,10 @@ def is_unfinished(folder: Path) -> bool:
     return (folder / FILE_NAME).is_file() and not (folder / "config.json").exists()
 
 
-def saved_up_to(folder: Path) -> str:
-    """Say up to where a folder's checkpoint goes, such as "step 6 of stage align"; "" where it does not tell."""
-    record = _record(folder)
-    stage = record.get("stage", "")
-    point = "the end" if stage in record.get("finished", ()) else f"step {record.get('step', 0)}"
-    return f"{point} of stage {stage}" if stage else ""
-
-
 def how_to_go_on(folder: Path) -> str:
     """Say in one line that a folder's conversion is not finished, how far it came, and by which command it goes on."""
-    asked = _record(folder).get("identity")
+    record = _record(folder)
+    asked = record.get("identity")
     if asked is None:
         return (
             f"{folder} holds no model, and a checkpoint that this version cannot read; restore {folder / FILE_NAME} "
@@ -46,14 +39,14 @@ def how_to_go_on(folder: Path) -> str:
         words += ["--cache"]
     command = shlex.join([*words, "--output", str(folder), "--resume"])
     return (
-        f"{folder} holds an unfinished conversion (saved up to {saved_up_to(folder)}) and no model yet; if no run is "
+        f"{folder} holds an unfinished conversion (saved up to {_saved_up_to(record)}) and no model yet; if no run is "
         f"at work there, go on with: {command}, and what else the run was started with, such as its recipe"
     )
 
 
 def what_is_kept(folder: Path) -> str:
     """Say in one line what a run has left in its folder that Ctrl-C ended at once, outside of the steps of a stage."""
-    if saved := saved_up_to(folder):
+    if saved := _saved_up_to(_record(folder)):
         return f"stopped; {folder} is saved up to {saved}; resume to go on (the same command with --resume)"
     if (folder / "config.json").exists():
         return f"stopped, but {folder} holds a finished model"
@@ -68,3 +61,10 @@ def _record(folder: Path) -> dict[str, Any]:
     except (SafetensorError, OSError, ValueError):
         return {}
     return record if isinstance(record, dict) else {}
+
+
+def _saved_up_to(record: dict[str, Any]) -> str:
+    """Say up to where a checkpoint goes, such as "step 6 of stage align"; "" where it does not tell."""
+    stage = record.get("stage", "")
+    point = "the end" if stage in record.get("finished", ()) else f"step {record.get('step', 0)}"
+    return f"{point} of stage {stage}" if stage else ""

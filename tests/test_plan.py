@@ -272,3 +272,15 @@ def test_a_dry_run_shows_each_size(run_cli):
     for number, size in enumerate(curriculum.sizes):
         spec = curriculum.at(number)
         assert rows[f"curriculum-{size}"] == [f"{spec.steps:,}", f"{spec.steps * spec.batch_size:,}"]
+
+
+def test_regions_are_compared_with_the_largest_size_that_runs(caplog):
+    """7 x 7 patches at 28 px, 11 x 11 at 44."""
+    demo = load_recipe("demo")
+    demo = replace(demo, curriculum=replace(demo.curriculum, sizes=(36, 44)))
+    nine, seven = (replace(demo, mixer=replace(demo.mixer, regions=count)) for count in (9, 7))
+    plan("demo", nine)
+    plan("demo", seven, stages=(0,))
+    assert "regions" not in caplog.text
+    plan("demo", nine, stages=(0, 1, 2))
+    assert "mixer.regions is 9, and images have 7 x 7 patches" in caplog.text

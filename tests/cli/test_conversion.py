@@ -12,7 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gspn2convert.checkpoint import FILE_NAME
-from helpers.command_line import PROGRAM
+from helpers.command_line import PROGRAM, the_error
+
+DISTILL = "distill --teacher {}/teacher --data {}/data --recipe {}/tiny.yaml --output "
 
 
 def test_distill_reports_every_stage(place, converted):
@@ -24,7 +26,7 @@ def test_distill_reports_every_stage(place, converted):
 
 
 def test_distill_shows_a_table(place, run):
-    result = run("distill --teacher {}/teacher --data {}/data --recipe {}/tiny.yaml --output {}/fit --stages 0")
+    result = run(f"{DISTILL}{{}}/fit --stages 0")
     assert result.exit_code == 0, result.output
     titles, row, *_ = result.stdout.splitlines()
     assert titles.split() == "after stage seconds patch cosine prefix cosine agreement top-1".split()
@@ -33,8 +35,47 @@ def test_distill_shows_a_table(place, run):
     assert row.split()[2] == f"{metrics['stages'][0]['patch_cosine']:.4f}"
 
 
+def test_the_result_says_which_student_it_came_from(run, tmp_path):
+    assert run(f"{DISTILL}{tmp_path}/fit --stages 0").exit_code == 0
+    result = run(f"{DISTILL}{tmp_path}/on --student {tmp_path}/fit --stages 1 --device cpu")
+    assert result.exit_code == 0, result.output
+    fit, metrics = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("fit", "on"))
+    assert (fit["started_from"], metrics["started_from"]) == (None, "fit")
+    assert [row.split()[0] for row in result.stdout.splitlines()[1:3]] == ["given", "align"]
+    assert f"\nwent on from fit; the teacher's top-1 is {100 * metrics['teacher_top1']:.2f} %\nwrote " in result.stdout
+    given = metrics["stages"][0]
+    assert (given["stage"], given["cosine"]) == ("fit", fit["stages"][0]["cosine"])
+    assert f"the given student: prefix_cosine {given['prefix_cosine']:.4f}, " in result.stderr
+    cards = [(tmp_path / name / "README.md").read_text() for name in ("fit", "on")]
+    assert ["| started_from | fit |" in card for card in cards] == [False, True]
+
+
+def test_a_random_start_is_called_one(run, tmp_path):
+    result = run(f"{DISTILL}{tmp_path}/out --stages 1 --device cpu")
+    assert result.exit_code == 0, result.output
+    assert [row.split()[0] for row in result.stdout.splitlines()[1:3]] == ["random", "align"]
+    assert "\nmean error of the random start " in result.stdout
+    assert "the random start: prefix_cosine " in result.stderr
+
+
+def test_a_finished_run_from_another_student_is_not_taken_for_what_is_asked(run, tmp_path):
+    for name in ("fit", "other"):
+        assert run(f"{DISTILL}{tmp_path}/{name} --stages 0").exit_code == 0
+    line, fit = f"{DISTILL}{tmp_path}/on --stages 1", f"--student {tmp_path}/fit"
+    made = run(f"{line} {fit} --json")
+    before = (tmp_path / "on" / "metrics.json").read_bytes()
+    resumed = run(f"{line} {fit} --json --resume")
+    assert (made.exit_code, resumed.exit_code) == (0, 0)
+    assert json.loads(resumed.stdout) == json.loads(made.stdout)
+    for student, name in ((f"--student {tmp_path}/other", "other"), ("", "none")):
+        refused = run(f"{line} {student} --resume")
+        assert refused.exit_code == 2
+        assert f"on is finished, with student fit and not {name}; name another folder" in the_error(refused)
+    assert (tmp_path / "on" / "metrics.json").read_bytes() == before
+
+
 def test_distill_shows_the_blocks_that_were_chosen(place, run):
-    line = "distill --teacher {}/teacher --data {}/data --recipe {}/tiny.yaml --output {}/auto --stages 0 --keep auto:1"
+    line = f"{DISTILL}{{}}/auto --stages 0 --keep auto:1"
     result = run(line)
     assert result.exit_code == 0, result.output
     found = json.loads((place / "auto" / "metrics.json").read_text())["selection"]
