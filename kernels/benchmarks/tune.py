@@ -114,7 +114,7 @@ def candidates(table: Plan, case: Case, name: str) -> list[Plan]:
         {},
         *({"NS": table.NS + more} for more in (-1, 1, 2)),
         *({"WC": warps, "WP": joined} for warps in (1, 2, 4) for joined in (1, 2, 4)),
-        *([] if name == "backward" else [{"AHEAD": not table.AHEAD}]),
+        {"AHEAD": not table.AHEAD},
         *({"BC": vector} for vector in (table.BC // 2, table.BC * 2)),
         *splits(table, case.lines),
     ]

@@ -12,13 +12,11 @@ from gspn2_kernels.triton_tiles import (
     get,
     handed_on,
     neighbour_lanes,
-    per_lane,
     place,
     put,
+    read_line,
     segments,
     to_rows,
-    to_state,
-    weights,
     within,
     zeros,
 )
@@ -102,12 +100,14 @@ def _lines(
 ):  # fmt: skip
     """Scan lines for which a segment needs nothing from its neighbours."""
     if AHEAD:
-        line = _read(first, first < last, segment, lines, M, p_x, p_l, p_u, p_a, o_q, r_q,
-                     SX, SL, SU, SA, WC, GRID, WP, CL, BC, P)  # fmt: skip
+        keep = tl.where(first % segment == 0, 0.0, 1.0)
+        line = read_line(first, first < last, keep, lines, M, p_x, p_l, p_u, p_a, o_q, r_q,
+                         SX, SL, SU, SA, WC, GRID, WP, CL, BC, P)  # fmt: skip
     for i in tl.range(first, last, num_stages=NS):
         i_r = i + 1 if AHEAD else i
-        read = _read(i_r, i_r < last, segment, lines, M, p_x, p_l, p_u, p_a, o_q, r_q,
-                     SX, SL, SU, SA, WC, GRID, WP, CL, BC, P)  # fmt: skip
+        keep = tl.where(i_r % segment == 0, 0.0, 1.0)
+        read = read_line(i_r, i_r < last, keep, lines, M, p_x, p_l, p_u, p_a, o_q, r_q,
+                         SX, SL, SU, SA, WC, GRID, WP, CL, BC, P)  # fmt: skip
         b_h = _advance(
             b_h, line if AHEAD else read, i * step, i * M, across, state_scale, p_y, p_s, r_q, low, high,
             C, SAVE, WC, GRID, CL, BC, P,
@@ -115,29 +115,6 @@ def _lines(
         if AHEAD:
             line = read
     return b_h
-
-
-@triton.jit
-def _read(
-    i, there, segment, lines, M, p_x, p_l, p_u, p_a, o_q, r_q, SX: tl.constexpr, SL: tl.constexpr,
-    SU: tl.constexpr, SA: tl.constexpr, WC: tl.constexpr, GRID: tl.constexpr, WP: tl.constexpr,
-    CL: tl.constexpr, BC: tl.constexpr, P: tl.constexpr,
-):  # fmt: skip
-    """Read what a line takes from memory: for each of a lane's positions three weights, lam * x and u."""
-    keep = tl.where(i % segment == 0, 0.0, 1.0)
-    line = ()
-    for p in tl.static_range(P):
-        o = i * lines[0] + p * lines[1]
-        m_load, m_all = within(o_q + p, 0, M, GRID) & there, within(r_q + p, 0, M, GRID) & there
-        b_a = tl.load(p_a + o * SA, mask=m_all, other=0.0)
-        w0, w1, w2 = weights(b_a, r_q + p <= 0, r_q + p >= M - 1, keep, WC * 32)
-        b_l = to_state(tl.load(p_l + o * SL, mask=m_load, other=0.0), WC, WP, CL, BC).to(tl.float32)
-        if p_x is not None:
-            b_l *= to_state(tl.load(p_x + o * SX, mask=m_load, other=0.0), WC, WP, CL, BC).to(tl.float32)
-        b_u = to_state(tl.load(p_u + o * SU, mask=m_load, other=0.0), WC, WP, CL, BC)
-        line = line + (per_lane(w0, WC)[None], per_lane(w1, WC)[None], per_lane(w2, WC)[None])
-        line = line + (b_l, b_u.to(tl.float32))
-    return line
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""The line scan on a GPU by Triton: checks of memory layout, launches, and the sums that end the backward.
+"""The line scan on a GPU by Triton: checks of memory layout, and launches.
 
 Shapes: B batch, H W grid, C channels, G groups, K = 3 neighbours; T lines of M positions in a direction.
 """
@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from gspn2_kernels.memory import by_pixel, cdiv, power_of_2
-from gspn2_kernels.triton_backward import line_scan_bwd_kernel, sum_shares_kernel
+from gspn2_kernels.triton_backward import line_scan_bwd_kernel
 from gspn2_kernels.triton_forward import line_scan_fwd_kernel
+from gspn2_kernels.triton_gradients import gradients_kernel
 from gspn2_kernels.tuning import Plan, plan
 
-# Numbers of dx that a program of the last kernel sums up.
-_SUMMED = 4096
+# Bytes of dx that a program makes: a vector for each of its threads.
+_MADE = 2048
+_PIXELS = 256
 # States of 16-bit inputs are saved in fp16 up to this number of lines; beyond, its rounding would show in the logits'
 # gradients, which live on differences of neighbouring states.
 _FP16_LINES = 256
@@ -124,27 +126,60 @@ def line_scan_bwd(
     The sums over directions and channels are made in a fixed order: equal bits from run to run.
     """
     batch, height, width, channels = x.shape
-    dlam, du, shares = (torch.empty(lam.shape, dtype=x.dtype, device=x.device) for _ in range(3))
-    dx, dlogits = (torch.empty(t.shape, dtype=x.dtype, device=x.device) for t in (x, logits))
+    dx, dlam, dlogits, du = (torch.empty(t.shape, dtype=x.dtype, device=x.device) for t in (x, lam, logits, u))
     if lam.numel() == 0:
         return dx.zero_(), dlam, dlogits.zero_(), du
     chosen = chosen or plan(batch, height, width, channels, logits.shape[4], x.element_size(), "backward")
     dy, x, lam, u, logits = by_pixel(dy), by_pixel(x), by_pixel(lam), by_pixel(u), _padded(logits)
-    constants = {**_strides(x, lam, logits, u), "SY": dy.stride(2), "SYD": dy.stride(3), **chosen._asdict()}
-    del constants["AHEAD"]
+    strides = {**_strides(x, lam, logits, u), "SY": dy.stride(2), "SYD": dy.stride(3)}
     _check_offsets(x, lam, logits, u, dy)
-    tiles = cdiv(channels, chosen.tile)
-    sums = torch.empty(tiles, batch, 4, height * width, 2, dtype=torch.float32, device=x.device)
-    scratch = _scratch(x.shape, chosen, x.device)
     with torch.cuda.device_of(x):
-        for launch, first, last in _launches(x.shape, chosen):
-            line_scan_bwd_kernel[_grid(x.shape, chosen)](
-                x, lam, logits, u, dy, states, shares, dlam, du, sums, scratch, first, last, launch, height,
-                width, segment or height + width, _state_scale(x), x.stride(0), lam.stride(0), logits.stride(0),
-                u.stride(0), dy.stride(0), C=channels, **constants, num_warps=chosen.WC,
-            )  # fmt: skip
-        _sum_shares(shares, sums, logits, segment, dx, dlogits)
+        # A gradient of a state can be far larger or smaller than those of the inputs, and fp16 ends at 65504 and 6e-8.
+        dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
+        g = torch.empty(batch, 4, height * width, channels, dtype=dtype, device=x.device)
+        _scan_backward((u, dy, logits), g, segment, chosen, strides)
+        _gradients((x, lam, logits, dy), states, g, segment, strides, (dx, dlam, dlogits, du))
     return dx, dlam, dlogits, du
+
+
+def _scan_backward(
+    inputs: tuple[Tensor, Tensor, Tensor], g: Tensor, segment: int, chosen: Plan, strides: dict[str, int]
+) -> None:
+    """Fill g (B, 4, T M, C), the gradients of the states, line by line in scan order."""
+    u, dy, logits = inputs
+    batch, height, width, _, channels = u.shape
+    shape = (batch, height, width, channels)
+    constants = {name: value for name, value in strides.items() if name not in ("SX", "SL", "SLD")}
+    scratch = _scratch(shape, chosen, g.device)
+    for launch, first, last in _launches(shape, chosen):
+        line_scan_bwd_kernel[_grid(shape, chosen)](
+            u, dy, logits, g, scratch, first, last, launch, height, width, segment or height + width, u.stride(0),
+            dy.stride(0), logits.stride(0), C=channels, **constants, **chosen._asdict(), num_warps=chosen.WC,
+        )  # fmt: skip
+
+
+def _gradients(
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor],
+    states: Tensor,
+    g: Tensor,
+    segment: int,
+    strides: dict[str, int],
+    out: tuple[Tensor, Tensor, Tensor, Tensor],
+) -> None:
+    """Fill the gradients of x, lam, logits and u, from those of the states and x, lam, logits and dy."""
+    x, lam, logits, dy = inputs
+    batch, height, width, channels = x.shape
+    groups = logits.shape[4]
+    wide = power_of_2(channels // groups)
+    pixels = min(_PIXELS, max(1, _MADE // x.element_size() // (power_of_2(groups) * wide)))
+    rows = 1 << (pixels.bit_length() - 1) // 2
+    columns = pixels // rows
+    constants = {name: value for name, value in strides.items() if name not in ("GC", "SU", "SUD")}
+    gradients_kernel[(cdiv(height, rows) * cdiv(width, columns), batch)](
+        x, lam, logits, dy, states, g, *out, height, width, segment or height + width, _state_scale(x), x.stride(0),
+        lam.stride(0), logits.stride(0), dy.stride(0), C=channels, G=groups, TH=rows, TW=columns, BG=power_of_2(groups),
+        BC=wide, **constants,
+    )  # fmt: skip
 
 
 def empty_states(x: Tensor) -> Tensor:
@@ -152,19 +187,6 @@ def empty_states(x: Tensor) -> Tensor:
     batch, height, width, channels = x.shape
     dtype = torch.float16 if _keeps_fp16(x) else torch.float32
     return torch.empty(batch, 4, height * width, channels, dtype=dtype, device=x.device)
-
-
-def _sum_shares(shares: Tensor, sums: Tensor, logits: Tensor, segment: int, dx: Tensor, dlogits: Tensor) -> None:
-    batch, height, width, channels = dx.shape
-    wide = power_of_2(channels)
-    pixels = max(1, _SUMMED // wide)
-    rows = 1 << (pixels.bit_length() - 1) // 2
-    columns = pixels // rows
-    sum_shares_kernel[(cdiv(height, rows) * cdiv(width, columns), batch)](
-        shares, sums, logits, dx, dlogits, height, width, segment or height + width, logits.stride(0), C=channels,
-        G=dlogits.shape[4], SA=logits.stride(2), SAD=logits.stride(3), SAG=logits.stride(4), TILES=sums.shape[0],
-        TH=rows, TW=columns, BLOCK_C=wide,
-    )  # fmt: skip
 
 
 def _grid(shape: Sequence[int], chosen: Plan) -> tuple[int, int, int]:

@@ -44,12 +44,6 @@ def per_lane(v, WC: tl.constexpr):
 
 
 @triton.jit
-def per_row(v, WC: tl.constexpr):
-    """Undo `per_lane`."""
-    return tl.reshape(tl.permute(v, (1, 0)), (WC * 32,))
-
-
-@triton.jit
 def direction(i_d, H, W):
     """Tell lines T, positions M, the pixels between lines and between positions, and the first pixel of a scan."""
     vertical = i_d < 2
@@ -145,6 +139,33 @@ def within(o_q, low, high, GRID: tl.constexpr):
         return (o_q < high)[:, None]
     else:
         return ((o_q >= low) & (o_q < high))[:, None]
+
+
+@triton.jit
+def read_line(
+    i, there, keep, lines, M, p_x, p_l, p_u, p_a, o_q, r_q, SX: tl.constexpr, SL: tl.constexpr, SU: tl.constexpr,
+    SA: tl.constexpr, WC: tl.constexpr, GRID: tl.constexpr, WP: tl.constexpr, CL: tl.constexpr, BC: tl.constexpr,
+    P: tl.constexpr,
+):  # fmt: skip
+    """Read what line i takes from memory, nothing unless it is `there`.
+
+    For each of a lane's positions three weights, the product of l and x, or l without an x, and u where there is one.
+    `lines` are the pixels from line to line and from position to position; keep = 0 cuts off the line before.
+    """
+    line = ()
+    for p in tl.static_range(P):
+        o = i * lines[0] + p * lines[1]
+        m_load, m_all = within(o_q + p, 0, M, GRID) & there, within(r_q + p, 0, M, GRID) & there
+        b_a = tl.load(p_a + o * SA, mask=m_all, other=0.0)
+        w0, w1, w2 = weights(b_a, r_q + p <= 0, r_q + p >= M - 1, keep, WC * 32)
+        b_l = to_state(tl.load(p_l + o * SL, mask=m_load, other=0.0), WC, WP, CL, BC).to(tl.float32)
+        if p_x is not None:
+            b_l *= to_state(tl.load(p_x + o * SX, mask=m_load, other=0.0), WC, WP, CL, BC).to(tl.float32)
+        line = line + (per_lane(w0, WC)[None], per_lane(w1, WC)[None], per_lane(w2, WC)[None], b_l)
+        if p_u is not None:
+            b_u = to_state(tl.load(p_u + o * SU, mask=m_load, other=0.0), WC, WP, CL, BC)
+            line = line + (b_u.to(tl.float32),)
+    return line
 
 
 @triton.jit

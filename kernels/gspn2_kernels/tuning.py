@@ -20,7 +20,7 @@ class Plan(NamedTuple):
         BC: Channels of a lane.
         P: Positions of a lane.
         NS: Stages of the software pipeline: the loads of NS - 1 lines are under way.
-        AHEAD: Read a line one step before it is used; forward only.
+        AHEAD: Read a line one step before it is used.
     """
 
     WC: int
@@ -109,22 +109,8 @@ PLANES: Rules = (
     ),
     FEW_WARPS,
 )
-BACKWARD: Rules = (
-    (
-        256,
-        (
-            Rule(16, 0, 0, 2, 16, 4, 4),
-            Rule(80, 0, 0, 2, 16, 4, 3),
-            Rule(160, 80, 16, 2, 16, 4, 2),
-            Rule(ENDLESS, 64, 8, 2, 16, 4, 3),
-        ),
-    ),
-    (64, (Rule(64, 0, 0, 2, 16, 1, 3), Rule(256, 32, 16, 1, 16, 1, 3), Rule(ENDLESS, 16, 24, 1, 16, 1, 3))),
-    (0, (Rule(128, 0, 0, 1, 8, 1, 3), Rule(ENDLESS, 32, 16, 1, 8, 1, 3))),
-)
-
-
-RULES = {"forward": FORWARD, "planes": PLANES, "backward": BACKWARD}
+# The scan of the backward moves what that of the forward does.
+RULES = {"forward": FORWARD, "planes": PLANES, "backward": FORWARD}
 
 
 @lru_cache(1024)

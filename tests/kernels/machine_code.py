@@ -18,6 +18,7 @@ from gspn2_kernels.triton_backward import line_scan_bwd_kernel
 from gspn2_kernels.triton_forward import line_scan_fwd_kernel
 from gspn2_kernels.triton_gated import FEWEST, NARROW, WIDE, predict_kernel
 from gspn2_kernels.triton_gated import Plan as PredictPlan
+from gspn2_kernels.triton_gradients import gradients_kernel
 from gspn2_kernels.tuning import Plan, plan
 
 BATCH_STRIDES = ("sxb", "slb", "sab", "sub", "syb")
@@ -50,6 +51,7 @@ def main() -> None:
                     },
                 ),
                 "backward": describe(line_scan_bwd_kernel, backward, {**strides, "SY": 256, "SYD": 64}),
+                "gradients": gradients(strides),
             }
         )
     )
@@ -70,12 +72,18 @@ def shared_bytes() -> dict[int, int]:
     return found
 
 
+def gradients(strides: dict[str, int]) -> dict[str, int]:
+    """Compile the pass that makes the gradients, 16 pixels of 64 channels a program."""
+    tile = {"G": 1, "TH": 4, "TW": 4, "BG": 1, "SY": 256, "SYD": 64}
+    return describe(gradients_kernel, Plan(WC=4, GRID=1, WP=1, CL=1, BC=64, P=1, NS=1), {**strides, **tile})
+
+
 def describe(kernel: triton.JITFunction, chosen: Plan, strides: dict[str, int]) -> dict[str, int]:
     """Count registers, bytes of stack and the instructions of the longest loop."""
     constants = {name: value for name, value in {**strides, **chosen._asdict()}.items() if name in kernel.arg_names}
     types = {name: "*bf16" for name in kernel.arg_names}
     types |= dict.fromkeys(INTEGERS, "i32") | {"state_scale": "fp32", "states": "*fp16", "scratch": "*fp32"}
-    types |= {"sums": "*fp32"} | dict.fromkeys(constants, "constexpr")
+    types |= dict.fromkeys(constants, "constexpr")
     signature = {name: types[name] for name in kernel.arg_names}
     aligned = {
         (i,): [["tt.divisibility", 16]]

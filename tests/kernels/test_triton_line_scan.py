@@ -39,6 +39,8 @@ CASES = [
     pytest.param((1, 5, 7, 64), 1, 2, Plan(4, 1, 2, 2, 8, 1, 3), id="four warps, ragged last segment"),
     pytest.param((1, 5, 4, 24), 1, 0, Plan(2, 1, 1, 2, 8, 1, 3), id="a warp half beyond the channels"),
     pytest.param((1, 3, 4, 3), 3, 2, Plan(1, 1, 1, 1, 1, 1, 3), id="a group per channel"),
+    pytest.param((1, 2, 3, 36), 3, 0, Plan(1, 1, 1, 1, 4, 1, 3), id="three groups of twelve channels"),
+    pytest.param((1, 2, 3, 520), 1, 0, Plan(4, 1, 2, 2, 4, 1, 3), id="more channels than a program has numbers"),
     pytest.param((1, 11, 4, 16), 1, 0, Plan(1, 2, 1, 4, 4, 1, 3), id="a line in two programs"),
     pytest.param((1, 5, 9, 16), 1, 4, Plan(1, 3, 1, 4, 4, 1, 2), id="a line in three programs"),
     pytest.param((1, 4, 5, 4), 1, 2, Plan(1, 1, 1, 1, 4, 1, 3, AHEAD=True), id="a line read ahead"),
@@ -131,6 +133,20 @@ def test_saved_states_of_large_values_stay_finite() -> None:
     inputs = (torch.full_like(x, 4000.0), torch.ones_like(lam), logits, 0.1 * u)
     dy = 1e-2 * dy
     check(reference(inputs, dy, 0), run(inputs, dy, 0, Plan(1, 1, 1, 1, 2, 1, 3)), torch.float16)
+
+
+@pytest.mark.parametrize(("scale", "level", "gradient"), [(50.0, 0.0, 1e-6), (1.0, 8.0, 2e3)], ids=["small", "large"])
+def test_gradients_of_states_that_fp16_does_not_hold(scale: float, level: float, gradient: float) -> None:
+    """Small ones come times large inputs; large ones, which pile up where logits lead all one way, times small lam."""
+    (x, lam, logits, u), dy = draw((1, 12, 12, 4), dtype=torch.float16)
+    logits = logits + level * torch.tensor([-1.0, 0.0, 1.0], dtype=logits.dtype, device=DEVICE)
+    inputs = (scale * x, lam if scale > 1 else 0.01 * lam, logits, u)
+    dy = gradient * dy
+    _, states = kernels.line_scan_train(*inputs, 0)
+    actual = kernels.line_scan_bwd(dy, *inputs, 0, states, chosen=Plan(1, 1, 1, 1, 4, 1, 3))
+    for name, ref, out in zip(NAMES[1:], reference(inputs, dy, 0)[1:], actual, strict=True):
+        if name != "dx" or scale == 1:  # small, it is as coarse as fp16 is there
+            assert_close(name, ref, out, 4e-3)
 
 
 @pytest.mark.parametrize("kernel", ["forward", "planes", "backward"])
