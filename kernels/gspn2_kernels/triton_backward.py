@@ -21,6 +21,7 @@ from gspn2_kernels.triton_tiles import (
     read_line,
     segments,
     to_rows,
+    weights_of,
     within,
     zeros,
 )
@@ -28,10 +29,9 @@ from gspn2_kernels.triton_tiles import (
 
 @triton.jit(do_not_specialize=SIZES)
 def line_scan_bwd_kernel(
-    u, dy, logits, g, scratch, first, last, launch, H, W, segment, sub, syb, sab, C: tl.constexpr, GC: tl.constexpr,
-    SU: tl.constexpr, SUD: tl.constexpr, SY: tl.constexpr, SYD: tl.constexpr, SA: tl.constexpr, SAD: tl.constexpr,
-    SAG: tl.constexpr, WC: tl.constexpr, GRID: tl.constexpr, WP: tl.constexpr, CL: tl.constexpr, BC: tl.constexpr,
-    P: tl.constexpr, NS: tl.constexpr, AHEAD: tl.constexpr,
+    u, dy, weights, g, scratch, first, last, launch, H, W, segment, sub, syb, C: tl.constexpr, GC: tl.constexpr,
+    SU: tl.constexpr, SUD: tl.constexpr, SY: tl.constexpr, SYD: tl.constexpr, WC: tl.constexpr, GRID: tl.constexpr,
+    WP: tl.constexpr, CL: tl.constexpr, BC: tl.constexpr, P: tl.constexpr, NS: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Scan lines `first` to `last`, counted from the last line, of one direction of one image backwards.
 
@@ -44,10 +44,12 @@ def line_scan_bwd_kernel(
     r_q, r_c = place(M, origin, C, WC, GRID, 1, CL, BC, P)
     low = tl.program_id(0) % GRID * own
     o_v, start = o_c[:, None] + tl.arange(0, BC)[None, :], start + (T - 1) * step
-    o_pixel, r_pixel = start + o_q * across, start + r_q * across
+    o_pixel = start + o_q * across
     p_u = u + i_b * sub + i_d * SUD + (o_pixel * SU)[:, None] + o_v
     p_y = dy + i_b * syb + i_d * SYD + (o_pixel * SY)[:, None] + o_v
-    p_a = logits + i_b * sab + i_d * SAD + (r_pixel * SA + r_c // GC * SAG)[:, None] + tl.arange(0, 4)[None, :]
+    # From the last line on.
+    w_step = tl.where(step < 0, M, -M)
+    p_w = weights_of(weights, i_b * 4 + i_d, C // GC, H, W, T, M, -step, r_c // GC, r_q)
     p_g = g + (i_b * 4 + i_d) * (H * W * C) + (r_q * C + r_c)[:, None] + tl.arange(0, BC)[None, :]
     p_h = handed_on(scratch, i_b * 4 + i_d, H, W, WC, GRID, CL, BC)
     b_g = zeros(WC, BC, P)
@@ -55,8 +57,8 @@ def line_scan_bwd_kernel(
         if launch > 0:
             b_g = get(p_h, launch % 2, M, origin, WC, CL, BC, P)
     b_g = _lines(
-        b_g, first, tl.minimum(last, T), T, segment, (-step, across), M, p_y, p_u, p_a, p_g, o_q, r_q, low,
-        tl.minimum(low + own, M), C, SY, SU, SA, WC, GRID, WP, CL, BC, P, NS, AHEAD,
+        b_g, first, tl.minimum(last, T), T, segment, (-step, across), w_step, M, p_y, p_u, p_w, p_g, o_q, r_q, low,
+        tl.minimum(low + own, M), C, SY, SU, WC, GRID, WP, CL, BC, P, NS, AHEAD,
     )  # fmt: skip
     if GRID > 1:
         put(b_g, p_h, (launch + 1) % 2, M, origin, low, tl.minimum(low + own, M), WC, CL, BC, P)
@@ -64,20 +66,20 @@ def line_scan_bwd_kernel(
 
 @triton.jit
 def _lines(
-    b_g, first, last, T, segment, lines, M, p_y, p_u, p_a, p_g, o_q, r_q, low, high, C: tl.constexpr,
-    SY: tl.constexpr, SU: tl.constexpr, SA: tl.constexpr, WC: tl.constexpr, GRID: tl.constexpr, WP: tl.constexpr,
+    b_g, first, last, T, segment, steps, w_step, M, p_y, p_u, p_w, p_g, o_q, r_q, low, high,
+    C: tl.constexpr, SY: tl.constexpr, SU: tl.constexpr, WC: tl.constexpr, GRID: tl.constexpr, WP: tl.constexpr,
     CL: tl.constexpr, BC: tl.constexpr, P: tl.constexpr, NS: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Go through lines for which a segment needs nothing from its neighbours."""
     if AHEAD:
         keep = tl.where((T - 1 - first) % segment == 0, 0.0, 1.0)
-        line = read_line(first, first < last, keep, lines, M, p_y, p_u, None, p_a, o_q, r_q,
-                         SY, SU, 0, SA, WC, GRID, WP, CL, BC, P)  # fmt: skip
+        line = read_line(first, last, keep, steps, w_step, M, low, high, p_y, p_u, None, p_w, o_q, r_q,
+                         SY, SU, 0, 1, WC, GRID, WP, CL, BC, P)  # fmt: skip
     for i in tl.range(first, last, num_stages=NS):
         i_r = i + 1 if AHEAD else i
         keep = tl.where((T - 1 - i_r) % segment == 0, 0.0, 1.0)
-        read = read_line(i_r, i_r < last, keep, lines, M, p_y, p_u, None, p_a, o_q, r_q,
-                         SY, SU, 0, SA, WC, GRID, WP, CL, BC, P)  # fmt: skip
+        read = read_line(i_r, last, keep, steps, w_step, M, low, high, p_y, p_u, None, p_w, o_q, r_q,
+                         SY, SU, 0, 1, WC, GRID, WP, CL, BC, P)  # fmt: skip
         b_g = _advance(b_g, line if AHEAD else read, p_g + (T - 1 - i) * M * C, r_q, low, high, C,
                        WC, GRID, CL, BC, P)  # fmt: skip
         if AHEAD:

@@ -1,4 +1,4 @@
-"""The forward kernel of the line scan: weights, lam * x, the recurrence and u * h in one pass over memory.
+"""The forward kernel of the line scan: lam * x, the recurrence and u * h in one pass over memory.
 
 One launch scans all four directions. See `triton_tiles` for who holds what.
 """
@@ -17,6 +17,7 @@ from gspn2_kernels.triton_tiles import (
     read_line,
     segments,
     to_rows,
+    weights_of,
     within,
     zeros,
 )
@@ -24,40 +25,38 @@ from gspn2_kernels.triton_tiles import (
 
 @triton.jit(do_not_specialize=SIZES)
 def line_scan_fwd_kernel(
-    x, lam, logits, u, y, states, scratch, first, last, launch, H, W, segment, state_scale, sxb, slb, sab, sub,
-    C: tl.constexpr, GC: tl.constexpr, SX: tl.constexpr, SL: tl.constexpr, SLD: tl.constexpr, SA: tl.constexpr,
-    SAD: tl.constexpr, SAG: tl.constexpr, SU: tl.constexpr, SUD: tl.constexpr, SAVE: tl.constexpr,
-    WC: tl.constexpr, GRID: tl.constexpr, WP: tl.constexpr, CL: tl.constexpr, BC: tl.constexpr,
-    P: tl.constexpr, NS: tl.constexpr, AHEAD: tl.constexpr,
+    x, lam, weights, u, y, states, scratch, first, last, launch, H, W, segment, state_scale, sxb, slb, sub,
+    C: tl.constexpr, GC: tl.constexpr, SX: tl.constexpr, SL: tl.constexpr, SLD: tl.constexpr, SU: tl.constexpr,
+    SUD: tl.constexpr, SAVE: tl.constexpr, WC: tl.constexpr, GRID: tl.constexpr, WP: tl.constexpr, CL: tl.constexpr,
+    BC: tl.constexpr, P: tl.constexpr, NS: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Scan lines `first` to `last` of one direction of one image: program (channels and segment, direction, image).
 
-    x, lam, u and logits have batch strides s?b; S? are the strides of a pixel, S?D of a direction, SAG of a group of
-    GC channels. Without x, lam is lam times x, and it, u and logits lie in planes (see `_planes`), whose strides follow
-    from the sizes. y is contiguous. With SAVE, the states times state_scale go to `states` (B, 4, T, M, C), line by
-    line. Where GRID is above 1, `scratch` holds 2 max(H, W) C
-    numbers, C rounded up, a direction and image.
+    x, lam and u have batch strides s?b; S? are the strides of a pixel, S?D of a direction, and GC are the channels of a
+    group. Without x, lam is lam times x, and it and u lie in planes (see `_planes`), whose strides follow from the
+    sizes, as `weights` always do (see `line_weights`). y is contiguous. With SAVE, the states times state_scale go to
+    `states` (B, 4, T, M, C), line by line. Where GRID is above 1, `scratch` holds 2 max(H, W) C numbers, C rounded up,
+    a direction and image.
     AHEAD reads a line one step before it is used: a warp that is alone then waits less, and holds more.
     """
     i_d, i_b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     T, M, step, across, start = direction(i_d, H, W)
     own, origin = segments(M, GRID, 32 // CL, P)
-    # Loads take their rows in the order of memory, logits and stores in the order of the lanes.
+    # Loads take their rows in the order of memory, weights and stores in the order of the lanes.
     o_q, o_c = place(M, origin, C, WC, GRID, WP, CL, BC, P)
     r_q, r_c = place(M, origin, C, WC, GRID, 1, CL, BC, P)
     low = tl.program_id(0) % GRID * own
     r_v, r_pixel = r_c[:, None] + tl.arange(0, BC)[None, :], start + r_q * across
+    w_step = tl.where(step < 0, -M, M)
+    p_w = weights_of(weights, i_b * 4 + i_d, C // GC, H, W, T, M, step, r_c // GC, r_q)
     if x is None:
-        p_x, lines = x, (tl.where(step < 0, -M, M), 1)
-        p_l, p_u, p_a = _planes(
-            lam, logits, u, i_b * 4 + i_d, H, W, T, M, step, o_q, o_c, r_q, r_c, C, GC, WC, GRID, CL, BC
-        )
+        p_x, steps = x, (w_step, 1)
+        p_l, p_u = _planes(lam, u, i_b * 4 + i_d, H, W, T, M, step, o_q, o_c, WC, GRID, CL, BC)
     else:
-        o_pixel, o_v, lines = start + o_q * across, o_c[:, None] + tl.arange(0, BC)[None, :], (step, across)
+        o_pixel, o_v, steps = start + o_q * across, o_c[:, None] + tl.arange(0, BC)[None, :], (step, across)
         p_x = x + i_b * sxb + (o_pixel * SX)[:, None] + o_v
         p_l = lam + i_b * slb + i_d * SLD + (o_pixel * SL)[:, None] + o_v
         p_u = u + i_b * sub + i_d * SUD + (o_pixel * SU)[:, None] + o_v
-        p_a = logits + i_b * sab + i_d * SAD + (r_pixel * SA + r_c // GC * SAG)[:, None] + tl.arange(0, 4)[None, :]
     p_y = y + i_b * (H * W * 4 * C) + i_d * C + (r_pixel * (4 * C))[:, None] + r_v
     p_s = states + (i_b * 4 + i_d) * (H * W * C) + (r_q * C)[:, None] + r_v
     p_h = handed_on(scratch, i_b * 4 + i_d, H, W, WC, GRID, CL, BC)
@@ -65,56 +64,56 @@ def line_scan_fwd_kernel(
     if GRID > 1:
         if launch > 0:
             b_h = get(p_h, launch % 2, M, origin, WC, CL, BC, P)
-    b_h = _lines(
-        b_h, first, tl.minimum(last, T), segment, state_scale, step, across, lines, M, p_x, p_l, p_u, p_a, p_y, p_s,
-        o_q, r_q, low, tl.minimum(low + own, M), C, SX, SL, SU, SA, SAVE, WC, GRID, WP, CL, BC, P, NS, AHEAD,
+    _lines(
+        b_h, first, tl.minimum(last, T), segment, state_scale, step, across, steps, w_step, M, p_x, p_l, p_u, p_w,
+        p_y, p_s, p_h, (launch + 1) % 2, origin, o_q, r_q, low, tl.minimum(low + own, M), C, SX, SL, SU, SAVE,
+        WC, GRID, WP, CL, BC, P, NS, AHEAD,
     )  # fmt: skip
-    if GRID > 1:
-        put(b_h, p_h, (launch + 1) % 2, M, origin, low, tl.minimum(low + own, M), WC, CL, BC, P)
 
 
 @triton.jit
 def _planes(
-    lam, logits, u, i, H, W, T, M, step, o_q, o_c, r_q, r_c, C: tl.constexpr, GC: tl.constexpr, WC: tl.constexpr,
-    GRID: tl.constexpr, CL: tl.constexpr, BC: tl.constexpr,
+    lam, u, i, H, W, T, M, step, o_q, o_c, WC: tl.constexpr, GRID: tl.constexpr, CL: tl.constexpr, BC: tl.constexpr
 ):  # fmt: skip
-    """Point to the first line of direction i, counted through the images, in planes (plane, T, M, numbers of a plane).
+    """Point to the first line of direction i, counted through the images, in planes (plane, T, M, channels of a warp).
 
-    A plane holds the channels of a warp, or the logits of a group: programs read it from one end to the other.
+    Programs read a plane from one end to the other.
     """
-    warps, groups = tl.num_programs(0) // GRID * WC, C // GC
+    warps = tl.num_programs(0) // GRID * WC
     first = tl.where(step < 0, (T - 1) * M, 0)
     o_v = o_c // (CL * BC) * (H * W * CL * BC) + o_c % (CL * BC) + (first + o_q) * (CL * BC)
     o_v = i * warps * (H * W * CL * BC) + (o_v[:, None] + tl.arange(0, BC)[None, :])
-    o_a = r_c // GC * (H * W * 4) + (first + r_q) * 4
-    p_a = logits + i * groups * (H * W * 4) + (o_a[:, None] + tl.arange(0, 4)[None, :])
-    return lam + o_v, u + o_v, p_a
+    return lam + o_v, u + o_v
 
 
 @triton.jit
 def _lines(
-    b_h, first, last, segment, state_scale, step, across, lines, M, p_x, p_l, p_u, p_a, p_y, p_s, o_q, r_q, low, high,
-    C: tl.constexpr, SX: tl.constexpr, SL: tl.constexpr, SU: tl.constexpr, SA: tl.constexpr, SAVE: tl.constexpr,
+    b_h, first, last, segment, state_scale, step, across, steps, w_step, M, p_x, p_l, p_u, p_w, p_y, p_s, p_h, buffer,
+    origin, o_q, r_q, low, high, C: tl.constexpr, SX: tl.constexpr, SL: tl.constexpr, SU: tl.constexpr,
+    SAVE: tl.constexpr,
     WC: tl.constexpr, GRID: tl.constexpr, WP: tl.constexpr, CL: tl.constexpr, BC: tl.constexpr,
     P: tl.constexpr, NS: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Scan lines for which a segment needs nothing from its neighbours."""
     if AHEAD:
         keep = tl.where(first % segment == 0, 0.0, 1.0)
-        line = read_line(first, first < last, keep, lines, M, p_x, p_l, p_u, p_a, o_q, r_q,
-                         SX, SL, SU, SA, WC, GRID, WP, CL, BC, P)  # fmt: skip
+        line = read_line(first, last, keep, steps, w_step, M, low, high, p_x, p_l, p_u, p_w, o_q, r_q,
+                         SX, SL, SU, 0, WC, GRID, WP, CL, BC, P)  # fmt: skip
     for i in tl.range(first, last, num_stages=NS):
         i_r = i + 1 if AHEAD else i
         keep = tl.where(i_r % segment == 0, 0.0, 1.0)
-        read = read_line(i_r, i_r < last, keep, lines, M, p_x, p_l, p_u, p_a, o_q, r_q,
-                         SX, SL, SU, SA, WC, GRID, WP, CL, BC, P)  # fmt: skip
+        read = read_line(i_r, last, keep, steps, w_step, M, low, high, p_x, p_l, p_u, p_w, o_q, r_q,
+                         SX, SL, SU, 0, WC, GRID, WP, CL, BC, P)  # fmt: skip
         b_h = _advance(
             b_h, line if AHEAD else read, i * step, i * M, across, state_scale, p_y, p_s, r_q, low, high,
             C, SAVE, WC, GRID, CL, BC, P,
         )  # fmt: skip
+        # In the loop: for states that are used after it LLVM keeps two copies, and computes both.
+        if GRID > 1:
+            if i == last - 1:
+                put(b_h, p_h, buffer, M, origin, low, high, WC, CL, BC, P)
         if AHEAD:
             line = read
-    return b_h
 
 
 @triton.jit

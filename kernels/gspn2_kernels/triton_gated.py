@@ -1,4 +1,4 @@
-"""The scans of a latent on a GPU by Triton: lam, u and logits are products of it, written as a scan reads them.
+"""The scans of a latent on a GPU by Triton: lam, u and weights come of products of it, written as a scan reads them.
 
 A scan in the order of pixels reads short runs of memory, and those of a row or of a column far apart. Here every number
 has been written by ourselves, so it lies where it is read: in planes, one for each direction and each warp's channels,
@@ -21,6 +21,7 @@ from torch import Tensor
 from gspn2_kernels.memory import cdiv
 from gspn2_kernels.triton_line_scan import scan_forward
 from gspn2_kernels.triton_norm import MOST_PADDING
+from gspn2_kernels.triton_weights import outer_weights
 from gspn2_kernels.tuning import Plan as ScanPlan
 from gspn2_kernels.tuning import plan
 
@@ -62,9 +63,9 @@ def gated_scan(
     if y.numel() == 0:
         return y
     chosen = chosen or plan(batch, height, width, channels, groups, latent.element_size(), "planes")
-    lam, u, logits = predict(latent, weight, bias, grid, groups, chosen)
-    strides = {"SX": 0, "SL": chosen.tile, "SLD": 0, "SA": 4, "SAD": 0, "SAG": 0, "SU": chosen.tile, "SUD": 0}
-    scan_forward((None, lam, logits, u), y, None, segment, chosen, {"GC": channels // groups, **strides})
+    lam, u, weights = predict(latent, weight, bias, grid, groups, segment, chosen)
+    strides = {"SX": 0, "SL": chosen.tile, "SLD": 0, "SU": chosen.tile, "SUD": 0}
+    scan_forward((None, lam, weights, u), y, None, segment, chosen, {"GC": channels // groups, **strides})
     return y
 
 
@@ -74,10 +75,11 @@ def predict(
     bias: Tensor,
     grid: tuple[int, int],
     groups: int,
+    segment: int,
     scan: ScanPlan,
     chosen: Plan | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute lam times the latent, u and the logits, as the forward kernel reads them.
+    """Compute lam times the latent, u and the weights, as the forward kernel reads them.
 
     Args:
         latent: (B, H W, R).
@@ -85,29 +87,30 @@ def predict(
         bias: (8 R + 12 G,).
         grid: H, W.
         groups: G.
+        segment: Lines after which a scan restarts, or 0.
         scan: Constants of the scan.
         chosen: Constants of this kernel.
 
     Returns:
-        Two planes (B, 4, R / E, T M, E), R rounded up to what a program of the scan takes, and (B, 4, G, T M, 4), of
-        which each fourth logit is the third once more.
+        Two planes (B, 4, R / E, T M, E), R rounded up to what a program of the scan takes, and what `line_weights`
+        makes of the logits, (B, 4, G, T M, 2).
     """
     (height, width), (batch, _, channels) = grid, latent.shape
     chosen = chosen or _plan(latent, grid)
     warps = cdiv(channels, scan.WC * scan.tile) * scan.WC
     # 32 bits hold every offset inside an image.
-    if 4 * height * width * max(warps * scan.tile, 4 * groups) >= 2**31:
+    if 4 * height * width * max(warps * scan.tile, 2 * groups) >= 2**31:
         raise ValueError(f"a grid of {height} x {width} with a latent of {channels} channels is too large; split it")
     gates = latent.new_empty(2, batch, 4, warps, height * width, scan.tile)
-    logits = latent.new_empty(batch, 4, groups, height * width, 4)
+    weights = latent.new_empty(batch, 4, groups, height * width, 2, dtype=torch.float32)
     step = min(chosen.step, _block(channels, 64))
     pixels = batch * cdiv(height, chosen.rows) * cdiv(width, chosen.columns)
     predict_kernel[(2 * pixels,)](
-        latent.contiguous(), weight.contiguous(), bias.contiguous(), *gates, logits, height, width, R=channels,
-        G=groups, WARPS=warps, E=scan.tile, TH=chosen.rows, TW=chosen.columns, BN=_block(channels, chosen.numbers),
-        BL=FEWEST, BK=step, NS=chosen.stages, num_warps=chosen.warps,
+        latent.contiguous(), weight.contiguous(), bias.contiguous(), *gates, weights, height, width,
+        segment or height + width, R=channels, G=groups, WARPS=warps, E=scan.tile, TH=chosen.rows, TW=chosen.columns,
+        BN=_block(channels, chosen.numbers), BL=FEWEST, BK=step, NS=chosen.stages, num_warps=chosen.warps,
     )  # fmt: skip
-    return gates[0], gates[1], logits
+    return gates[0], gates[1], weights
 
 
 def _plan(latent: Tensor, grid: tuple[int, int]) -> Plan:
@@ -128,9 +131,9 @@ def _block(channels: int, most: int) -> int:
     return most
 
 
-@triton.jit(do_not_specialize=("H", "W"))
+@triton.jit(do_not_specialize=("H", "W", "segment"))
 def predict_kernel(
-    latent, weight, bias, lam, u, logits, H, W, R: tl.constexpr, G: tl.constexpr, WARPS: tl.constexpr,
+    latent, weight, bias, lam, u, weights, H, W, segment, R: tl.constexpr, G: tl.constexpr, WARPS: tl.constexpr,
     E: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr, BN: tl.constexpr, BL: tl.constexpr, BK: tl.constexpr,
     NS: tl.constexpr,
 ):  # fmt: skip
@@ -158,13 +161,28 @@ def predict_kernel(
         tl.store(lam + i_b * (4 * WARPS * E) * (H * W) + o, b_l.to(lam.dtype.element_ty), mask=mask)
         b_u = _product(b_z, weight, bias, (4 + d) * R + c, c < R, R, BK)
         tl.store(u + i_b * (4 * WARPS * E) * (H * W) + o, b_u.to(u.dtype.element_ty), mask=mask)
+    # A direction's logits follow those of the one before: groups of three, each taken as four.
     for n in tl.range(0, 8 * G, BL):
         o_n = n + tl.arange(0, BL)
-        # A direction's logits follow those of the one before: groups of three, each read as four.
-        plane, o_l = 2 * half * G + o_n // 4, o_n % 4
-        b_a = _product(b_z, weight, bias, 8 * R + 3 * plane + tl.minimum(o_l, 2), o_n < 8 * G, R, BK)
-        o_a = i_b * (16 * G) * (H * W) + _place(plane, o_l, o_q, H * W, 4)
-        tl.store(logits + o_a, b_a.to(logits.dtype.element_ty), mask=there[:, None] & (o_n < 8 * G)[None, :])
+        b_a = _product(
+            b_z, weight, bias, 8 * R + 6 * half * G + o_n // 4 * 3 + tl.minimum(o_n % 4, 2), o_n < 8 * G, R, BK
+        )
+        planes = 2 * half * G + n // 4 + tl.arange(0, BL // 4)
+        b_w = _weights_of_planes(b_a, planes // G, o_h, o_w, H, W, segment, TH * TW, BL // 4)
+        p_w = weights + i_b * (8 * G) * (H * W) + (planes[None, :] * (H * W) + o_q[:, None])[:, :, None] * 2
+        m_w = there[:, None] & (planes < (2 * half + 2) * G)[None, :]
+        tl.store(p_w + tl.arange(0, 2), b_w, mask=m_w[:, :, None])
+
+
+@triton.jit
+def _weights_of_planes(b_a, i_d, row, column, H, W, segment, pixels: tl.constexpr, planes: tl.constexpr):
+    """Normalise four logits of each plane (pixels, 4 planes), the last of them padding: (pixels, planes, 2)."""
+    rows: tl.constexpr = pixels * planes
+    i_d = tl.reshape(tl.broadcast_to(i_d[None, :], (pixels, planes)), (rows,))
+    row = tl.reshape(tl.broadcast_to(row[:, None], (pixels, planes)), (rows,))
+    column = tl.reshape(tl.broadcast_to(column[:, None], (pixels, planes)), (rows,))
+    b_w = outer_weights(tl.reshape(b_a, (rows, 4)), i_d, row, column, H, W, segment, rows)
+    return tl.reshape(b_w, (pixels, planes, 2))
 
 
 @triton.jit

@@ -13,10 +13,11 @@ from gspn2_kernels.memory import by_pixel, cdiv, power_of_2
 from gspn2_kernels.triton_backward import line_scan_bwd_kernel
 from gspn2_kernels.triton_forward import line_scan_fwd_kernel
 from gspn2_kernels.triton_gradients import gradients_kernel
+from gspn2_kernels.triton_weights import line_weights
 from gspn2_kernels.tuning import Plan, plan
 
-# Bytes of dx that a program makes: a vector for each of its threads.
-_MADE = 2048
+# Bytes of dx that a program makes, a vector for each of its threads, and its warps.
+_MADE, _WARPS = 1024, 2
 _PIXELS = 256
 # States of 16-bit inputs are saved in fp16 up to this number of lines; beyond, its rounding would show in the logits'
 # gradients, which live on differences of neighbouring states.
@@ -62,11 +63,11 @@ def _forward(
         return y
     chosen = chosen or plan(batch, height, width, channels, logits.shape[4], x.element_size())
     x, lam, u, logits = by_pixel(x), by_pixel(lam), by_pixel(u), _padded(logits)
-    constants = _strides(x, lam, logits, u)
     _check_offsets(x, lam, logits, u, y)
     # Triton launches on the current device, which need not be that of x.
     with torch.cuda.device_of(x):
-        scan_forward((x, lam, logits, u), y, states, segment, chosen, constants)
+        weights = line_weights(logits, segment)
+        scan_forward((x, lam, weights, u), y, states, segment, chosen, _strides(x, lam, u, logits.shape[4]))
     return y
 
 
@@ -81,7 +82,7 @@ def scan_forward(
     """Launch the forward on the current device, which is to be that of the tensors.
 
     Args:
-        inputs: x, lam, logits and u as `line_scan_fwd_kernel` takes them: without x, the others in planes.
+        inputs: x, lam, weights and u as `line_scan_fwd_kernel` takes them: without x, the others in planes.
         y: Where the result goes (B, H, W, 4, C).
         states: Where the states go, or None.
         segment: Lines after which a scan restarts, or 0.
@@ -90,9 +91,9 @@ def scan_forward(
     """
     batch, height, width, _, channels = y.shape
     shape = (batch, height, width, channels)
-    x, *others = inputs
+    x, lam, _, u = inputs
     # Those of planes follow from the sizes.
-    by_image = [0] * len(inputs) if x is None else [t.stride(0) for t in (x, *others)]
+    by_image = [0, 0, 0] if x is None else [t.stride(0) for t in (x, lam, u)]
     scratch = _scratch(shape, chosen, y.device)
     for launch, first, last in _launches(shape, chosen):
         line_scan_fwd_kernel[_grid(shape, chosen)](
@@ -131,13 +132,13 @@ def line_scan_bwd(
         return dx.zero_(), dlam, dlogits.zero_(), du
     chosen = chosen or plan(batch, height, width, channels, logits.shape[4], x.element_size(), "backward")
     dy, x, lam, u, logits = by_pixel(dy), by_pixel(x), by_pixel(lam), by_pixel(u), _padded(logits)
-    strides = {**_strides(x, lam, logits, u), "SY": dy.stride(2), "SYD": dy.stride(3)}
+    strides = {**_strides(x, lam, u, logits.shape[4]), "SY": dy.stride(2), "SYD": dy.stride(3)}
     _check_offsets(x, lam, logits, u, dy)
     with torch.cuda.device_of(x):
         # A gradient of a state can be far larger or smaller than those of the inputs, and fp16 ends at 65504 and 6e-8.
         dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
         g = torch.empty(batch, 4, height * width, channels, dtype=dtype, device=x.device)
-        _scan_backward((u, dy, logits), g, segment, chosen, strides)
+        _scan_backward((u, dy, line_weights(logits, segment)), g, segment, chosen, strides)
         _gradients((x, lam, logits, dy), states, g, segment, strides, (dx, dlam, dlogits, du))
     return dx, dlam, dlogits, du
 
@@ -146,15 +147,15 @@ def _scan_backward(
     inputs: tuple[Tensor, Tensor, Tensor], g: Tensor, segment: int, chosen: Plan, strides: dict[str, int]
 ) -> None:
     """Fill g (B, 4, T M, C), the gradients of the states, line by line in scan order."""
-    u, dy, logits = inputs
+    u, dy, weights = inputs
     batch, height, width, _, channels = u.shape
     shape = (batch, height, width, channels)
-    constants = {name: value for name, value in strides.items() if name not in ("SX", "SL", "SLD")}
+    constants = {name: strides[name] for name in ("GC", "SU", "SUD", "SY", "SYD")}
     scratch = _scratch(shape, chosen, g.device)
     for launch, first, last in _launches(shape, chosen):
         line_scan_bwd_kernel[_grid(shape, chosen)](
-            u, dy, logits, g, scratch, first, last, launch, height, width, segment or height + width, u.stride(0),
-            dy.stride(0), logits.stride(0), C=channels, **constants, **chosen._asdict(), num_warps=chosen.WC,
+            u, dy, weights, g, scratch, first, last, launch, height, width, segment or height + width, u.stride(0),
+            dy.stride(0), C=channels, **constants, **chosen._asdict(), num_warps=chosen.WC,
         )  # fmt: skip
 
 
@@ -175,10 +176,11 @@ def _gradients(
     rows = 1 << (pixels.bit_length() - 1) // 2
     columns = pixels // rows
     constants = {name: value for name, value in strides.items() if name not in ("GC", "SU", "SUD")}
+    constants |= dict(zip(("SA", "SAD", "SAG"), logits.stride()[2:5], strict=True))
     gradients_kernel[(cdiv(height, rows) * cdiv(width, columns), batch)](
         x, lam, logits, dy, states, g, *out, height, width, segment or height + width, _state_scale(x), x.stride(0),
         lam.stride(0), logits.stride(0), dy.stride(0), C=channels, G=groups, TH=rows, TW=columns, BG=power_of_2(groups),
-        BC=wide, **constants,
+        BC=wide, num_warps=_WARPS, **constants,
     )  # fmt: skip
 
 
@@ -210,19 +212,10 @@ def _check_offsets(*tensors: Tensor) -> None:
             )
 
 
-def _strides(x: Tensor, lam: Tensor, logits: Tensor, u: Tensor) -> dict[str, int]:
-    """Name the strides that are constants of a kernel: with them known, loads are vectors."""
-    return {
-        "GC": x.shape[3] // logits.shape[4],
-        "SX": x.stride(2),
-        "SL": lam.stride(2),
-        "SLD": lam.stride(3),
-        "SA": logits.stride(2),
-        "SAD": logits.stride(3),
-        "SAG": logits.stride(4),
-        "SU": u.stride(2),
-        "SUD": u.stride(3),
-    }
+def _strides(x: Tensor, lam: Tensor, u: Tensor, groups: int) -> dict[str, int]:
+    """Name the strides that are constants of a kernel, and the channels of a group: with them, loads are vectors."""
+    strides = {"SX": x.stride(2), "SL": lam.stride(2), "SLD": lam.stride(3), "SU": u.stride(2), "SUD": u.stride(3)}
+    return {"GC": x.shape[3] // groups, **strides}
 
 
 def _padded(logits: Tensor) -> Tensor:

@@ -142,30 +142,55 @@ def within(o_q, low, high, GRID: tl.constexpr):
 
 
 @triton.jit
+def needed(o_q, low, high, M, left, GRID: tl.constexpr):
+    """Mask the rows whose positions a segment, which owns low to high, needs with so many lines left in a launch.
+
+    What lies d positions beyond its own reaches them d lines later. With less than no lines left it needs nothing.
+    """
+    if GRID == 1:
+        return (o_q < tl.where(left < 0, 0, M))[:, None]
+    else:
+        beyond = tl.maximum(tl.maximum(low - o_q, o_q - high + 1), 0)
+        return ((beyond <= left) & (o_q >= 0) & (o_q < M))[:, None]
+
+
+@triton.jit
 def read_line(
-    i, there, keep, lines, M, p_x, p_l, p_u, p_a, o_q, r_q, SX: tl.constexpr, SL: tl.constexpr, SU: tl.constexpr,
-    SA: tl.constexpr, WC: tl.constexpr, GRID: tl.constexpr, WP: tl.constexpr, CL: tl.constexpr, BC: tl.constexpr,
-    P: tl.constexpr,
+    i, last, keep, steps, w_step, M, low, high, p_x, p_l, p_u, p_w, o_q, r_q, SX: tl.constexpr, SL: tl.constexpr,
+    SU: tl.constexpr, MORE: tl.constexpr, WC: tl.constexpr, GRID: tl.constexpr, WP: tl.constexpr, CL: tl.constexpr,
+    BC: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    """Read what line i takes from memory, nothing unless it is `there`.
+    """Read what line i takes from memory, nothing unless it comes before the `last` of this launch.
 
     For each of a lane's positions three weights, the product of l and x, or l without an x, and u where there is one.
-    `lines` are the pixels from line to line and from position to position; keep = 0 cuts off the line before.
+    `steps` are the pixels from line to line and from position to position, w_step those from line to line of weights;
+    keep = 0 cuts off the line before. What is handed on after the last line is MORE lines further than that.
     """
     line = ()
+    left = tl.where(i < last, last - 1 - i + MORE, -1)
     for p in tl.static_range(P):
-        o = i * lines[0] + p * lines[1]
-        m_load, m_all = within(o_q + p, 0, M, GRID) & there, within(r_q + p, 0, M, GRID) & there
-        b_a = tl.load(p_a + o * SA, mask=m_all, other=0.0)
-        w0, w1, w2 = weights(b_a, r_q + p <= 0, r_q + p >= M - 1, keep, WC * 32)
+        o = i * steps[0] + p * steps[1]
+        m_load = needed(o_q + p, low, high, M, left, GRID)
+        m_w = needed(r_q + p, low, high, M, left, GRID)
+        w0, w2 = tl.split(tl.load(p_w + (i * w_step + p) * 2, mask=m_w, other=0.0))
         b_l = to_state(tl.load(p_l + o * SL, mask=m_load, other=0.0), WC, WP, CL, BC).to(tl.float32)
         if p_x is not None:
             b_l *= to_state(tl.load(p_x + o * SX, mask=m_load, other=0.0), WC, WP, CL, BC).to(tl.float32)
-        line = line + (per_lane(w0, WC)[None], per_lane(w1, WC)[None], per_lane(w2, WC)[None], b_l)
+        # The weights of a line that is not cut off add up to 1.
+        line = line + (per_lane(w0, WC)[None], per_lane(keep - (w0 + w2), WC)[None], per_lane(w2, WC)[None], b_l)
         if p_u is not None:
-            b_u = to_state(tl.load(p_u + o * SU, mask=m_load, other=0.0), WC, WP, CL, BC)
+            m_own = needed(o_q + p, low, high, M, tl.minimum(left, 0), GRID)
+            b_u = to_state(tl.load(p_u + o * SU, mask=m_own, other=0.0), WC, WP, CL, BC)
             line = line + (b_u.to(tl.float32),)
     return line
+
+
+@triton.jit
+def weights_of(p_w, i, groups, H, W, T, M, step, group, r_q):
+    """Point to the first line of direction i, counted through the images, in a group's weights; see `line_weights`."""
+    first = tl.where(step < 0, (T - 1) * M, 0)
+    o_w = (first + r_q)[:, None] * 2 + tl.arange(0, 2)[None, :]
+    return p_w + i * groups * (H * W * 2) + (group * (H * W * 2))[:, None] + o_w
 
 
 @triton.jit

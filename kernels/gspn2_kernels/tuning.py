@@ -77,7 +77,15 @@ ENDLESS = 1 << 30
 Rules = tuple[tuple[int, tuple[Rule, ...]], ...]
 FEW_WARPS = (0, (Rule(128, 0, 0, 1, 8, 1, 4, ahead=True), Rule(ENDLESS, 32, 16, 1, 8, 1, 4, ahead=True)))
 FORWARD: Rules = (
-    (256, (Rule(16, 0, 0, 2, 16, 4, 5), Rule(160, 0, 0, 2, 16, 4, 3), Rule(ENDLESS, 64, 16, 2, 16, 4, 3))),
+    (
+        256,
+        (
+            Rule(16, 0, 0, 2, 16, 4, 5),
+            Rule(80, 0, 0, 2, 16, 4, 4),
+            Rule(160, 0, 0, 2, 16, 4, 3),
+            Rule(ENDLESS, 64, 16, 2, 16, 4, 3),
+        ),
+    ),
     (
         64,
         (

@@ -29,7 +29,7 @@ def main() -> None:
     """Compile the throughput plans of bf16, 64 channels, 74 x 74."""
     shape = (32, 74, 74, 64, 1, 2)
     forward, backward = plan(*shape), plan(*shape, "backward")
-    strides = {"C": 64, "GC": 64, "SX": 64, "SL": 256, "SLD": 64, "SA": 16, "SAD": 4, "SAG": 4, "SU": 256, "SUD": 64}
+    strides = {"C": 64, "GC": 64, "SX": 64, "SL": 256, "SLD": 64, "SU": 256, "SUD": 64}
     print(
         json.dumps(
             {
@@ -45,7 +45,6 @@ def main() -> None:
                         "GC": 64,
                         "SL": 16,
                         "SU": 16,
-                        "SA": 4,
                         "SAVE": False,
                         "x": None,
                     },
@@ -63,9 +62,10 @@ def shared_bytes() -> dict[int, int]:
     for channels, chosen in ((NARROW, PredictPlan()), (256, WIDE)):
         tile = {"TH": chosen.rows, "TW": chosen.columns, "BN": chosen.numbers, "BK": chosen.step, "NS": chosen.stages}
         constants = {"R": channels, "G": 1, "WARPS": channels // 16, "E": 16, "BL": FEWEST, **tile}
-        types = dict.fromkeys(predict_kernel.arg_names, "*bf16") | dict.fromkeys(("H", "W"), "i32")
+        types = dict.fromkeys(predict_kernel.arg_names, "*bf16") | dict.fromkeys(("H", "W", "segment"), "i32")
+        types["weights"] = "*fp32"
         types |= dict.fromkeys(constants, "constexpr")
-        aligned = {(i,): [["tt.divisibility", 16]] for i, t in enumerate(types.values()) if t == "*bf16"}
+        aligned = {(i,): [["tt.divisibility", 16]] for i, t in enumerate(types.values()) if t.startswith("*")}
         source = ASTSource(fn=predict_kernel, signature=types, constexprs=constants, attrs=aligned)
         target = GPUTarget("cuda", 89, 32)
         found[channels] = triton.compile(source, target=target, options={"num_warps": chosen.warps}).metadata.shared
@@ -73,16 +73,17 @@ def shared_bytes() -> dict[int, int]:
 
 
 def gradients(strides: dict[str, int]) -> dict[str, int]:
-    """Compile the pass that makes the gradients, 16 pixels of 64 channels a program."""
-    tile = {"G": 1, "TH": 4, "TW": 4, "BG": 1, "SY": 256, "SYD": 64}
-    return describe(gradients_kernel, Plan(WC=4, GRID=1, WP=1, CL=1, BC=64, P=1, NS=1), {**strides, **tile})
+    """Compile the pass that makes the gradients, 8 pixels of 64 channels a program."""
+    tile = {"G": 1, "TH": 2, "TW": 4, "BG": 1, "SY": 256, "SYD": 64, "SA": 16, "SAD": 4, "SAG": 4}
+    return describe(gradients_kernel, Plan(WC=2, GRID=1, WP=1, CL=1, BC=64, P=1, NS=1), {**strides, **tile})
 
 
 def describe(kernel: triton.JITFunction, chosen: Plan, strides: dict[str, int]) -> dict[str, int]:
     """Count registers, bytes of stack and the instructions of the longest loop."""
     constants = {name: value for name, value in {**strides, **chosen._asdict()}.items() if name in kernel.arg_names}
     types = {name: "*bf16" for name in kernel.arg_names}
-    types |= dict.fromkeys(INTEGERS, "i32") | {"state_scale": "fp32", "states": "*fp16", "scratch": "*fp32"}
+    types |= dict.fromkeys(INTEGERS, "i32") | {"state_scale": "fp32", "states": "*fp16"}
+    types |= dict.fromkeys(("scratch", "weights"), "*fp32")
     types |= dict.fromkeys(constants, "constexpr")
     signature = {name: types[name] for name in kernel.arg_names}
     aligned = {

@@ -16,6 +16,7 @@ from gspn2_kernels import gated_scan, line_scan_ref
 from gspn2_kernels.testing import TOLERANCES, assert_close
 from gspn2_kernels.tuning import Plan
 from helpers.norms import draw_norm, normed, unwritten
+from helpers.weights import outer_weights
 
 pytest.importorskip("triton")
 kernels = pytest.importorskip("gspn2_kernels.triton_gated")
@@ -103,15 +104,15 @@ def test_grids_too_large_are_named() -> None:
     latent, weight, bias = draw((1, 1, 1, 96), dtype=torch.bfloat16)
     latent = latent.expand(1, 2400 * 2400, 96)
     with pytest.raises(ValueError, match="a grid of 2400 x 2400 with a latent of 96 channels is too large; split it"):
-        kernels.predict(latent, weight, bias, (2400, 2400), 1, Plan(1, 1, 1, 2, 8, 1, 3))
+        kernels.predict(latent, weight, bias, (2400, 2400), 1, 0, Plan(1, 1, 1, 2, 8, 1, 3))
 
 
 def test_planes_hold_what_a_scan_reads() -> None:
-    """lam times the latent, u and logits, each line after line of its direction; every logit but the fourth."""
-    (height, width, channels), groups, warps = (17, 9, 12), 2, 4
+    """lam times the latent, u and weights, each line after line of its direction; scans restart after seven lines."""
+    (height, width, channels), groups, segment, warps = (17, 9, 12), 2, 7, 4
     latent, weight, bias = draw((2, height, width, channels), groups)
     scan = Plan(2, 1, 1, 1, 4, 1, 3)  # two warps of a program hold four channels each: of the last one none
-    lam, u, logits = kernels.predict(latent, weight, bias, (height, width), groups, scan)
+    lam, u, weights = kernels.predict(latent, weight, bias, (height, width), groups, segment, scan)
     control = (latent.double() @ weight.double().T + bias.double()).view(2, height, width, -1)
     for d, (name, planes, first) in itertools.product(range(4), (("lam", lam, 0), ("u", u, 4 * channels))):
         expected = control[..., first + d * channels :][..., :channels]
@@ -120,10 +121,8 @@ def test_planes_hold_what_a_scan_reads() -> None:
         lines = (expected if d < 2 else expected.transpose(1, 2)).flatten(1, 2)
         assert planes.shape == (2, 4, warps, height * width, 4)
         assert_close(f"{name} {d}", lines.unflatten(-1, (-1, 4)).transpose(1, 2), planes[:, d, : channels // 4], 2e-6)
-    for d, g in itertools.product(range(4), range(groups)):
-        expected = control[..., 8 * channels + 3 * (d * groups + g) :][..., :3]
-        lines = (expected if d < 2 else expected.transpose(1, 2)).flatten(1, 2)
-        assert_close(f"logits {d} {g}", lines, logits[:, d, g, :, :3], 2e-6)
+    logits = control[..., 8 * channels :].view(2, height, width, 4, groups, 3)
+    assert_close("weights", outer_weights(logits, segment), weights, 2e-6)
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 4, 2), (2, 0, 4, 2), (2, 3, 0, 2)], ids=str)

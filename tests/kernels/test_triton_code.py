@@ -28,13 +28,13 @@ def test_products_of_a_latent_fit_into_shared_memory(loops) -> None:
 
 
 def test_the_pass_of_the_gradients_stays_in_registers(loops) -> None:
-    """And leaves room for five programs of four warps on a multiprocessor, whose loads are under way together."""
+    """And leaves room for ten programs of two warps on a multiprocessor, whose loads are under way together."""
     assert loops["gradients"]["STACK"] == 0
     assert loops["gradients"]["REG"] <= 96
 
 
-# Five positions of a lane, with x, lam, u and the logits of each on their way to shared memory; in planes no x, for the
-# backward u, dy and logits. Eight channels go to either side; the backward also moves two weights.
+# Five positions of a lane, with x, lam, u and the weights of each on their way to shared memory; in planes no x, for
+# the backward u, dy and weights. Eight channels go to either side; the backward also moves two weights.
 @pytest.mark.parametrize(
     ("kernel", "copies", "shuffles"),
     [("infer", 20, 16), ("train", 20, 16), ("planes", 15, 16), ("backward", 15, 16 + 2)],

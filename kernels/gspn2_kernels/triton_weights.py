@@ -1,0 +1,73 @@
+"""The weights of the line scan: its logits, normalised once for all channels of a group, in the order of the scans.
+
+A scan has few warps on each multiprocessor, and waits for what it computes: what does not depend on the state is done
+before. Of three weights that add up to 1 the outer two are written.
+
+Shapes: B batch, H W grid, G groups, K = 3 neighbours, T lines of M positions in a direction.
+"""
+
+# What kernels take are pointers, blocks and constants, of which only the last have types.
+# mypy: disable-error-code="no-untyped-def"
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gspn2_kernels.memory import cdiv
+from gspn2_kernels.triton_tiles import weights
+
+# Rows and columns of a tile of pixels.
+_TILE = 16
+
+
+def line_weights(logits: Tensor, segment: int) -> Tensor:
+    """Compute the weights of the lines before and after each position.
+
+    Args:
+        logits: (B, H, W, 4, G, K) with room for a fourth behind every three.
+        segment: Lines after which a scan restarts, or 0.
+
+    Returns:
+        (B, 4, G, T M, 2) in fp32: in planes, line after line. Both are 0 where a scan restarts.
+    """
+    batch, height, width, _, groups, _ = logits.shape
+    out = logits.new_empty(batch, 4, groups, height * width, 2, dtype=torch.float32)
+    tiles = cdiv(height, _TILE) * cdiv(width, _TILE)
+    strides = dict(zip(("SA", "SAD", "SAG"), logits.stride()[2:5], strict=True))
+    weights_kernel[(4 * tiles, groups, batch)](
+        logits, out, height, width, segment or height + width, logits.stride(0), **strides, TILE=_TILE
+    )
+    return out
+
+
+@triton.jit(do_not_specialize=("H", "W", "segment"))
+def weights_kernel(
+    logits, out, H, W, segment, sab, SA: tl.constexpr, SAD: tl.constexpr, SAG: tl.constexpr, TILE: tl.constexpr
+):  # fmt: skip
+    """Write the weights of a tile of pixels: program (tile and direction, group, image).
+
+    Logits have batch stride sab and strides SA of a pixel, SAD of a direction, SAG of a group.
+    """
+    i_d, tile, i_g, i_b = tl.program_id(0) % 4, tl.program_id(0) // 4, tl.program_id(1), tl.program_id(2).to(tl.int64)
+    o, vertical = tl.arange(0, TILE * TILE), i_d < 2
+    # Pixels in the order of the direction's positions, so that runs of them are written.
+    row = tile // tl.cdiv(W, TILE) * TILE + tl.where(vertical, o // TILE, o % TILE)
+    column = tile % tl.cdiv(W, TILE) * TILE + tl.where(vertical, o % TILE, o // TILE)
+    there = ((row < H) & (column < W))[:, None]
+    p_a = logits + i_b * sab + i_d * SAD + i_g * SAG + ((row * W + column) * SA)[:, None] + tl.arange(0, 4)[None, :]
+    b_w = outer_weights(tl.load(p_a, mask=there, other=0.0), i_d, row, column, H, W, segment, TILE * TILE)
+    o_q = tl.where(vertical, row * W + column, column * H + row)
+    p_w = out + ((i_b * 4 + i_d) * tl.num_programs(1) + i_g) * (H * W * 2) + (o_q * 2)[:, None]
+    tl.store(p_w + tl.arange(0, 2)[None, :], b_w, mask=there)
+
+
+@triton.jit
+def outer_weights(b_a, i_d, row, column, H, W, segment, rows: tl.constexpr):
+    """Normalise the logits (rows, 4) of pixels in direction i_d; returns the outer weights (rows, 2)."""
+    vertical = i_d < 2
+    q, M = tl.where(vertical, column, row), tl.where(vertical, W, H)
+    line = tl.where(vertical, row, column)
+    line = tl.where(i_d % 2 == 1, tl.where(vertical, H, W) - 1 - line, line)
+    w0, _, w2 = weights(b_a, q == 0, q == M - 1, tl.where(line % segment == 0, 0.0, 1.0), rows)
+    return tl.join(w0, w2)
