@@ -71,7 +71,7 @@ def tune(case: Case, name: str, device: torch.device, seconds: float) -> dict[st
     table = plan(batch, height, width, channels, 1, itemsize, KERNELS.get(name, "forward"))
     run = runner(case, name, device)
     expected, tried = run(table), []  # of the table's choice, which line_scan.py compares with the reference
-    for candidate in candidates(table, case, name):
+    for candidate in candidates(table, case):
         row: dict[str, Any] = {"plan": candidate._asdict()}
         try:
             for one, ref, out in zip(NAMES, expected, run(candidate), strict=False):
@@ -108,35 +108,34 @@ def gated_runner(case: Case, device: torch.device) -> Run:
     return lambda chosen: (triton_gated.gated_scan(*drawn, (height, width), 1, 0, chosen=chosen),)
 
 
-def candidates(table: Plan, case: Case, name: str) -> list[Plan]:
+def candidates(table: Plan, case: Case) -> list[Plan]:
     """List the valid plans around a plan, itself first."""
     changes = [
         {},
         *({"NS": table.NS + more} for more in (-1, 1, 2)),
-        *({"WC": warps, "WP": joined} for warps in (1, 2, 4) for joined in (1, 2, 4)),
         {"AHEAD": not table.AHEAD},
         *({"BC": vector} for vector in (table.BC // 2, table.BC * 2)),
         *splits(table, case.lines),
     ]
     plans = dict.fromkeys(table._replace(**change) for change in changes)
-    # Of planes every warp reads its own.
-    return [one for one in plans if one == table or valid(one, case) and (name != "gated" or one.WP == 1)]
+    return [one for one in plans if one == table or valid(one, case)]
 
 
 def splits(table: Plan, lines: int) -> Iterator[dict[str, int]]:
-    """List other ways to share a line out to programs and lanes."""
-    for grid, lanes in itertools.product({1, max(1, table.GRID // 2), table.GRID, 2 * table.GRID}, (1, 2, 4)):
+    """List other ways to share a line out to programs, warps and lanes."""
+    grids = {1, max(1, table.GRID // 2), table.GRID, 2 * table.GRID}
+    for grid, warps, lanes in itertools.product(grids, (1, 2, 4, 8), (1, 2, 4, 8)):
         for halo in (8, 16, 32) if grid > 1 else (0,):
             held = -(-lines // grid) + min(2, grid - 1) * halo
-            yield {"GRID": grid, "CL": lanes, "P": -(-held * lanes // LANES)}
+            yield {"GRID": grid, "WC": warps, "CL": lanes, "P": -(-held * lanes // (LANES * warps))}
 
 
 def valid(one: Plan, case: Case) -> bool:
     """Tell whether a plan covers a case, loads 16 bytes at most, and leaves a lane registers enough."""
     _, height, width, channels = case.shape
-    covers = LANES // one.CL * one.P >= case.lines if one.GRID == 1 else one.lines_per_launch(height, width) >= 1
+    covers = one.held >= case.lines if one.GRID == 1 else one.lines_per_launch(height, width) >= 1
     wide = 1 <= one.BC <= 16 // DTYPES[case.dtype].itemsize and one.tile <= channels
-    return covers and wide and one.WC % one.WP == 0 and one.NS >= 1 and one.P * one.BC <= REGISTERS
+    return covers and wide and one.NS >= 1 and one.P * one.BC <= REGISTERS
 
 
 def line(row: dict[str, Any]) -> str:

@@ -223,6 +223,8 @@ def _save_states(
 ) -> None:
     *tensors, ctx.segment = inputs
     ctx.save_for_backward(*tensors, output[1])
+    # States have no gradient; PyTorch would make one of zeros, as large as they are.
+    ctx.set_materialize_grads(False)
 
 
 def _gradients(ctx: _Context, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:

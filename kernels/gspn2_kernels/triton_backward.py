@@ -15,12 +15,11 @@ from gspn2_kernels.triton_tiles import (
     direction,
     get,
     handed_on,
-    neighbour_lanes,
+    neighbour,
     place,
     put,
     read_line,
     segments,
-    to_rows,
     weights_of,
     within,
     zeros,
@@ -29,9 +28,10 @@ from gspn2_kernels.triton_tiles import (
 
 @triton.jit(do_not_specialize=SIZES)
 def line_scan_bwd_kernel(
-    u, dy, weights, g, scratch, first, last, launch, H, W, segment, sub, syb, C: tl.constexpr, GC: tl.constexpr,
-    SU: tl.constexpr, SUD: tl.constexpr, SY: tl.constexpr, SYD: tl.constexpr, WC: tl.constexpr, GRID: tl.constexpr,
-    WP: tl.constexpr, CL: tl.constexpr, BC: tl.constexpr, P: tl.constexpr, NS: tl.constexpr, AHEAD: tl.constexpr,
+    u, dy, weights, g, scratch, first, last, launch, H, W, segment, sub, syb, sab, C: tl.constexpr, GC: tl.constexpr,
+    SU: tl.constexpr, SUD: tl.constexpr, SY: tl.constexpr, SYD: tl.constexpr, SA: tl.constexpr, SAD: tl.constexpr,
+    SAG: tl.constexpr, WC: tl.constexpr, GRID: tl.constexpr, CL: tl.constexpr, BC: tl.constexpr, P: tl.constexpr,
+    NS: tl.constexpr, AHEAD: tl.constexpr, APART: tl.constexpr,
 ):  # fmt: skip
     """Scan lines `first` to `last`, counted from the last line, of one direction of one image backwards.
 
@@ -39,9 +39,8 @@ def line_scan_bwd_kernel(
     """
     i_d, i_b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     T, M, step, across, start = direction(i_d, H, W)
-    own, origin = segments(M, GRID, 32 // CL, P)
-    o_q, o_c = place(M, origin, C, WC, GRID, WP, CL, BC, P)
-    r_q, r_c = place(M, origin, C, WC, GRID, 1, CL, BC, P)
+    own, origin = segments(M, GRID, WC * 32 // CL, P)
+    o_q, o_c = place(M, origin, C, WC, GRID, CL, BC, P)
     low = tl.program_id(0) % GRID * own
     o_v, start = o_c[:, None] + tl.arange(0, BC)[None, :], start + (T - 1) * step
     o_pixel = start + o_q * across
@@ -49,16 +48,19 @@ def line_scan_bwd_kernel(
     p_y = dy + i_b * syb + i_d * SYD + (o_pixel * SY)[:, None] + o_v
     # From the last line on.
     w_step = tl.where(step < 0, M, -M)
-    p_w = weights_of(weights, i_b * 4 + i_d, C // GC, H, W, T, M, -step, r_c // GC, r_q)
-    p_g = g + (i_b * 4 + i_d) * (H * W * C) + (r_q * C + r_c)[:, None] + tl.arange(0, BC)[None, :]
-    p_h = handed_on(scratch, i_b * 4 + i_d, H, W, WC, GRID, CL, BC)
+    if APART:
+        p_w = weights_of(weights, i_b * 4 + i_d, C // GC, H, W, T, M, -step, o_c // GC, o_q)
+    else:
+        p_w = weights + i_b * sab + i_d * SAD + (o_pixel * SA + o_c // GC * SAG)[:, None] + tl.arange(0, 4)[None, :]
+    p_g = g + (i_b * 4 + i_d) * (H * W * C) + (o_q * C + o_c)[:, None] + tl.arange(0, BC)[None, :]
+    p_h = handed_on(scratch, i_b * 4 + i_d, H, W, GRID, CL, BC)
     b_g = zeros(WC, BC, P)
     if GRID > 1:
         if launch > 0:
             b_g = get(p_h, launch % 2, M, origin, WC, CL, BC, P)
     b_g = _lines(
-        b_g, first, tl.minimum(last, T), T, segment, (-step, across), w_step, M, p_y, p_u, p_w, p_g, o_q, r_q, low,
-        tl.minimum(low + own, M), C, SY, SU, WC, GRID, WP, CL, BC, P, NS, AHEAD,
+        b_g, first, tl.minimum(last, T), T, segment, (-step, across), w_step, M, p_y, p_u, p_w, p_g, o_q, low,
+        tl.minimum(low + own, M), C, SY, SU, SA, WC, GRID, CL, BC, P, NS, AHEAD, APART,
     )  # fmt: skip
     if GRID > 1:
         put(b_g, p_h, (launch + 1) % 2, M, origin, low, tl.minimum(low + own, M), WC, CL, BC, P)
@@ -66,21 +68,21 @@ def line_scan_bwd_kernel(
 
 @triton.jit
 def _lines(
-    b_g, first, last, T, segment, steps, w_step, M, p_y, p_u, p_w, p_g, o_q, r_q, low, high,
-    C: tl.constexpr, SY: tl.constexpr, SU: tl.constexpr, WC: tl.constexpr, GRID: tl.constexpr, WP: tl.constexpr,
-    CL: tl.constexpr, BC: tl.constexpr, P: tl.constexpr, NS: tl.constexpr, AHEAD: tl.constexpr,
+    b_g, first, last, T, segment, steps, w_step, M, p_y, p_u, p_w, p_g, o_q, low, high,
+    C: tl.constexpr, SY: tl.constexpr, SU: tl.constexpr, SA: tl.constexpr, WC: tl.constexpr, GRID: tl.constexpr,
+    CL: tl.constexpr, BC: tl.constexpr, P: tl.constexpr, NS: tl.constexpr, AHEAD: tl.constexpr, APART: tl.constexpr,
 ):  # fmt: skip
     """Go through lines for which a segment needs nothing from its neighbours."""
     if AHEAD:
         keep = tl.where((T - 1 - first) % segment == 0, 0.0, 1.0)
-        line = read_line(first, last, keep, steps, w_step, M, low, high, p_y, p_u, None, p_w, o_q, r_q,
-                         SY, SU, 0, 1, WC, GRID, WP, CL, BC, P)  # fmt: skip
+        line = read_line(first, last, keep, steps, w_step, M, low, high, p_y, p_u, None, p_w, o_q,
+                         SY, SU, 0, SA, 1, WC, GRID, P, APART)  # fmt: skip
     for i in tl.range(first, last, num_stages=NS):
         i_r = i + 1 if AHEAD else i
         keep = tl.where((T - 1 - i_r) % segment == 0, 0.0, 1.0)
-        read = read_line(i_r, last, keep, steps, w_step, M, low, high, p_y, p_u, None, p_w, o_q, r_q,
-                         SY, SU, 0, 1, WC, GRID, WP, CL, BC, P)  # fmt: skip
-        b_g = _advance(b_g, line if AHEAD else read, p_g + (T - 1 - i) * M * C, r_q, low, high, C,
+        read = read_line(i_r, last, keep, steps, w_step, M, low, high, p_y, p_u, None, p_w, o_q,
+                         SY, SU, 0, SA, 1, WC, GRID, P, APART)  # fmt: skip
+        b_g = _advance(b_g, line if AHEAD else read, p_g + (T - 1 - i) * M * C, o_q, low, high, C,
                        WC, GRID, CL, BC, P)  # fmt: skip
         if AHEAD:
             line = read
@@ -89,26 +91,23 @@ def _lines(
 
 @triton.jit
 def _advance(
-    b_g, line, p_g, r_q, low, high, C: tl.constexpr, WC: tl.constexpr, GRID: tl.constexpr, CL: tl.constexpr,
+    b_g, line, p_g, o_q, low, high, C: tl.constexpr, WC: tl.constexpr, GRID: tl.constexpr, CL: tl.constexpr,
     BC: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """Write g of one line; return what it adds to that of the line before, W^T g."""
     b_full = ()
     for p in tl.static_range(P):
         b_t = b_g[p] + line[4 * p + 3]
-        tl.store(p_g + p * C, to_rows(b_t, WC, BC).to(p_g.dtype.element_ty), mask=within(r_q + p, low, high, GRID))
+        tl.store(p_g + p * C, b_t.to(p_g.dtype.element_ty), mask=within(o_q + p, low, high, GRID))
         b_full = b_full + (b_t,)
-    before, after = neighbour_lanes(CL)
-    lane = tl.broadcast_to(tl.arange(0, 32)[None, :, None], (1, 32, WC))
-    # A lane without a neighbour reads itself, and nothing of it.
-    w_after = tl.gather(line[0], tl.broadcast_to(after[None, :, None], (1, 32, WC)), 1)
-    w_before = tl.gather(line[4 * P - 2], tl.broadcast_to(before[None, :, None], (1, 32, WC)), 1)
-    w_after, w_before = tl.where(lane < 32 - CL, w_after, 0.0), tl.where(lane >= CL, w_before, 0.0)
-    g_after = tl.gather(b_full[0], tl.broadcast_to(after[None, :, None], (BC, 32, WC)), 1)
-    g_before = tl.gather(b_full[P - 1], tl.broadcast_to(before[None, :, None], (BC, 32, WC)), 1)
+    # What reaches a position from the lanes beside: they weight it, for they hold the weights of their positions...
+    o_lane = tl.arange(0, WC * 32)[:, None]
+    g_after = neighbour(line[0] * b_full[0], False, WC, CL, BC)
+    g_before = neighbour(line[4 * P - 2] * b_full[P - 1], True, WC, CL, BC)
+    g_after, g_before = tl.where(o_lane < WC * 32 - CL, g_after, 0.0), tl.where(o_lane >= CL, g_before, 0.0)
     b_next = ()
     for p in tl.static_range(P):
-        g_up, w_up = (g_after, w_after) if p == P - 1 else (b_full[p + 1], line[4 * p + 4])
-        g_down, w_down = (g_before, w_before) if p == 0 else (b_full[p - 1], line[4 * p - 2])
-        b_next = b_next + (w_up * g_up + line[4 * p + 1] * b_full[p] + w_down * g_down,)
+        g_up = g_after if p == P - 1 else line[4 * p + 4] * b_full[p + 1]
+        g_down = g_before if p == 0 else line[4 * p - 2] * b_full[p - 1]
+        b_next = b_next + (g_up + line[4 * p + 1] * b_full[p] + g_down,)
     return b_next

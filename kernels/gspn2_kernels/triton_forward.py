@@ -11,12 +11,11 @@ from gspn2_kernels.triton_tiles import (
     direction,
     get,
     handed_on,
-    neighbour_lanes,
+    neighbour,
     place,
     put,
     read_line,
     segments,
-    to_rows,
     weights_of,
     within,
     zeros,
@@ -25,87 +24,89 @@ from gspn2_kernels.triton_tiles import (
 
 @triton.jit(do_not_specialize=SIZES)
 def line_scan_fwd_kernel(
-    x, lam, weights, u, y, states, scratch, first, last, launch, H, W, segment, state_scale, sxb, slb, sub,
-    C: tl.constexpr, GC: tl.constexpr, SX: tl.constexpr, SL: tl.constexpr, SLD: tl.constexpr, SU: tl.constexpr,
-    SUD: tl.constexpr, SAVE: tl.constexpr, WC: tl.constexpr, GRID: tl.constexpr, WP: tl.constexpr, CL: tl.constexpr,
-    BC: tl.constexpr, P: tl.constexpr, NS: tl.constexpr, AHEAD: tl.constexpr,
+    x, lam, weights, u, y, states, scratch, first, last, launch, H, W, segment, state_scale, sxb, slb, sab, sub,
+    C: tl.constexpr, GC: tl.constexpr, SX: tl.constexpr, SL: tl.constexpr, SLD: tl.constexpr, SA: tl.constexpr,
+    SAD: tl.constexpr, SAG: tl.constexpr, SU: tl.constexpr, SUD: tl.constexpr, SAVE: tl.constexpr, WC: tl.constexpr,
+    GRID: tl.constexpr, CL: tl.constexpr, BC: tl.constexpr, P: tl.constexpr, NS: tl.constexpr, AHEAD: tl.constexpr,
+    APART: tl.constexpr,
 ):  # fmt: skip
     """Scan lines `first` to `last` of one direction of one image: program (channels and segment, direction, image).
 
-    x, lam and u have batch strides s?b; S? are the strides of a pixel, S?D of a direction, and GC are the channels of a
-    group. Without x, lam is lam times x, and it and u lie in planes (see `_planes`), whose strides follow from the
-    sizes, as `weights` always do (see `line_weights`). y is contiguous. With SAVE, the states times state_scale go to
-    `states` (B, 4, T, M, C), line by line. Where GRID is above 1, `scratch` holds 2 max(H, W) C numbers, C rounded up,
-    a direction and image.
+    x, lam, weights and u have batch strides s?b; S? are the strides of a pixel, S?D of a direction, SAG of a group of
+    GC channels. `weights` are logits, or with APART what `line_weights` makes of them, whose strides follow from the
+    sizes. So do those of planes (see `_planes`), in which lam times x, called lam, and u lie if there is no x. y is
+    contiguous. With SAVE, the states times state_scale go to `states` (B, 4, T, M, C), line by line. Where GRID is
+    above 1, `scratch` holds 2 max(H, W) C numbers, C rounded up, a direction and image.
     AHEAD reads a line one step before it is used: a warp that is alone then waits less, and holds more.
     """
     i_d, i_b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     T, M, step, across, start = direction(i_d, H, W)
-    own, origin = segments(M, GRID, 32 // CL, P)
-    # Loads take their rows in the order of memory, weights and stores in the order of the lanes.
-    o_q, o_c = place(M, origin, C, WC, GRID, WP, CL, BC, P)
-    r_q, r_c = place(M, origin, C, WC, GRID, 1, CL, BC, P)
+    own, origin = segments(M, GRID, WC * 32 // CL, P)
+    o_q, o_c = place(M, origin, C, WC, GRID, CL, BC, P)
     low = tl.program_id(0) % GRID * own
-    r_v, r_pixel = r_c[:, None] + tl.arange(0, BC)[None, :], start + r_q * across
+    o_v, o_pixel = o_c[:, None] + tl.arange(0, BC)[None, :], start + o_q * across
     w_step = tl.where(step < 0, -M, M)
-    p_w = weights_of(weights, i_b * 4 + i_d, C // GC, H, W, T, M, step, r_c // GC, r_q)
+    if APART:
+        p_w = weights_of(weights, i_b * 4 + i_d, C // GC, H, W, T, M, step, o_c // GC, o_q)
+    else:
+        p_w = weights + i_b * sab + i_d * SAD + (o_pixel * SA + o_c // GC * SAG)[:, None] + tl.arange(0, 4)[None, :]
     if x is None:
         p_x, steps = x, (w_step, 1)
-        p_l, p_u = _planes(lam, u, i_b * 4 + i_d, H, W, T, M, step, o_q, o_c, WC, GRID, CL, BC)
+        p_l, p_u = _planes(lam, u, i_b * 4 + i_d, H, W, T, M, step, o_q, o_c, GRID, CL, BC)
     else:
-        o_pixel, o_v, steps = start + o_q * across, o_c[:, None] + tl.arange(0, BC)[None, :], (step, across)
+        steps = (step, across)
         p_x = x + i_b * sxb + (o_pixel * SX)[:, None] + o_v
         p_l = lam + i_b * slb + i_d * SLD + (o_pixel * SL)[:, None] + o_v
         p_u = u + i_b * sub + i_d * SUD + (o_pixel * SU)[:, None] + o_v
-    p_y = y + i_b * (H * W * 4 * C) + i_d * C + (r_pixel * (4 * C))[:, None] + r_v
-    p_s = states + (i_b * 4 + i_d) * (H * W * C) + (r_q * C)[:, None] + r_v
-    p_h = handed_on(scratch, i_b * 4 + i_d, H, W, WC, GRID, CL, BC)
+    p_y = y + i_b * (H * W * 4 * C) + i_d * C + (o_pixel * (4 * C))[:, None] + o_v
+    p_s = states + (i_b * 4 + i_d) * (H * W * C) + (o_q * C)[:, None] + o_v
+    p_h = handed_on(scratch, i_b * 4 + i_d, H, W, GRID, CL, BC)
     b_h = zeros(WC, BC, P)
     if GRID > 1:
         if launch > 0:
             b_h = get(p_h, launch % 2, M, origin, WC, CL, BC, P)
     _lines(
         b_h, first, tl.minimum(last, T), segment, state_scale, step, across, steps, w_step, M, p_x, p_l, p_u, p_w,
-        p_y, p_s, p_h, (launch + 1) % 2, origin, o_q, r_q, low, tl.minimum(low + own, M), C, SX, SL, SU, SAVE,
-        WC, GRID, WP, CL, BC, P, NS, AHEAD,
+        p_y, p_s, p_h, (launch + 1) % 2, origin, o_q, low, tl.minimum(low + own, M), C, SX, SL, SU, SA, SAVE,
+        WC, GRID, CL, BC, P, NS, AHEAD, APART,
     )  # fmt: skip
 
 
 @triton.jit
 def _planes(
-    lam, u, i, H, W, T, M, step, o_q, o_c, WC: tl.constexpr, GRID: tl.constexpr, CL: tl.constexpr, BC: tl.constexpr
+    lam, u, i, H, W, T, M, step, o_q, o_c, GRID: tl.constexpr, CL: tl.constexpr, BC: tl.constexpr
 ):  # fmt: skip
-    """Point to the first line of direction i, counted through the images, in planes (plane, T, M, channels of a warp).
+    """Point to the first line of direction i, counted through the images, in planes (plane, T, M, channels of one).
 
     Programs read a plane from one end to the other.
     """
-    warps = tl.num_programs(0) // GRID * WC
+    blocks = tl.num_programs(0) // GRID
     first = tl.where(step < 0, (T - 1) * M, 0)
     o_v = o_c // (CL * BC) * (H * W * CL * BC) + o_c % (CL * BC) + (first + o_q) * (CL * BC)
-    o_v = i * warps * (H * W * CL * BC) + (o_v[:, None] + tl.arange(0, BC)[None, :])
+    o_v = i * blocks * (H * W * CL * BC) + (o_v[:, None] + tl.arange(0, BC)[None, :])
     return lam + o_v, u + o_v
 
 
 @triton.jit
 def _lines(
     b_h, first, last, segment, state_scale, step, across, steps, w_step, M, p_x, p_l, p_u, p_w, p_y, p_s, p_h, buffer,
-    origin, o_q, r_q, low, high, C: tl.constexpr, SX: tl.constexpr, SL: tl.constexpr, SU: tl.constexpr,
+    origin, o_q, low, high, C: tl.constexpr, SX: tl.constexpr, SL: tl.constexpr, SU: tl.constexpr, SA: tl.constexpr,
     SAVE: tl.constexpr,
-    WC: tl.constexpr, GRID: tl.constexpr, WP: tl.constexpr, CL: tl.constexpr, BC: tl.constexpr,
-    P: tl.constexpr, NS: tl.constexpr, AHEAD: tl.constexpr,
+    WC: tl.constexpr, GRID: tl.constexpr, CL: tl.constexpr, BC: tl.constexpr,
+    P: tl.constexpr, NS: tl.constexpr, AHEAD: tl.constexpr, APART: tl.constexpr,
 ):  # fmt: skip
     """Scan lines for which a segment needs nothing from its neighbours."""
     if AHEAD:
         keep = tl.where(first % segment == 0, 0.0, 1.0)
-        line = read_line(first, last, keep, steps, w_step, M, low, high, p_x, p_l, p_u, p_w, o_q, r_q,
-                         SX, SL, SU, 0, WC, GRID, WP, CL, BC, P)  # fmt: skip
+        line = read_line(first, last, keep, steps, w_step, M, low, high, p_x, p_l, p_u, p_w, o_q,
+                         SX, SL, SU, SA, 0, WC, GRID, P, APART)  # fmt: skip
     for i in tl.range(first, last, num_stages=NS):
         i_r = i + 1 if AHEAD else i
         keep = tl.where(i_r % segment == 0, 0.0, 1.0)
-        read = read_line(i_r, last, keep, steps, w_step, M, low, high, p_x, p_l, p_u, p_w, o_q, r_q,
-                         SX, SL, SU, 0, WC, GRID, WP, CL, BC, P)  # fmt: skip
+        read = read_line(i_r, last, keep, steps, w_step, M, low, high, p_x, p_l, p_u, p_w, o_q,
+                         SX, SL, SU, SA, 0, WC, GRID, P, APART)  # fmt: skip
         b_h = _advance(
-            b_h, line if AHEAD else read, i * step, i * M, across, state_scale, p_y, p_s, r_q, low, high,
+            b_h, line if AHEAD else read, i * step, i * M, across, state_scale, p_y, p_s, o_q, low, high,
             C, SAVE, WC, GRID, CL, BC, P,
         )  # fmt: skip
         # In the loop: for states that are used after it LLVM keeps two copies, and computes both.
@@ -118,13 +119,11 @@ def _lines(
 
 @triton.jit
 def _advance(
-    b_h, line, o_line, o_state, across, state_scale, p_y, p_s, r_q, low, high, C: tl.constexpr, SAVE: tl.constexpr,
+    b_h, line, o_line, o_state, across, state_scale, p_y, p_s, o_q, low, high, C: tl.constexpr, SAVE: tl.constexpr,
     WC: tl.constexpr, GRID: tl.constexpr, CL: tl.constexpr, BC: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """Take the states of one line to the next, and write u * h."""
-    before, after = neighbour_lanes(CL)
-    h_before = tl.gather(b_h[P - 1], tl.broadcast_to(before[None, :, None], (BC, 32, WC)), 1)
-    h_after = tl.gather(b_h[0], tl.broadcast_to(after[None, :, None], (BC, 32, WC)), 1)
+    h_before, h_after = neighbour(b_h[P - 1], True, WC, CL, BC), neighbour(b_h[0], False, WC, CL, BC)
     b_new = ()
     for p in tl.static_range(P):
         h_down = h_before if p == 0 else b_h[p - 1]
@@ -137,10 +136,10 @@ def _advance(
         else:
             b_t = line[5 * p + 2] * h_up + b_t
             b_t = line[5 * p] * h_down + b_t
-        m_own = within(r_q + p, low, high, GRID)
+        m_own = within(o_q + p, low, high, GRID)
         if SAVE:
-            tl.store(p_s + (o_state + p) * C, to_rows(b_t * state_scale, WC, BC).to(p_s.dtype.element_ty), mask=m_own)
-        b_y = to_rows(b_t * line[5 * p + 4], WC, BC)
+            tl.store(p_s + (o_state + p) * C, (b_t * state_scale).to(p_s.dtype.element_ty), mask=m_own)
+        b_y = b_t * line[5 * p + 4]
         tl.store(p_y + (o_line + p * across) * (4 * C), b_y.to(p_y.dtype.element_ty), mask=m_own)
         b_new = b_new + (b_t,)
     return b_new

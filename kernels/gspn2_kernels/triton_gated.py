@@ -63,8 +63,9 @@ def gated_scan(
     if y.numel() == 0:
         return y
     chosen = chosen or plan(batch, height, width, channels, groups, latent.element_size(), "planes")
+    chosen = chosen._replace(APART=True)
     lam, u, weights = predict(latent, weight, bias, grid, groups, segment, chosen)
-    strides = {"SX": 0, "SL": chosen.tile, "SLD": 0, "SU": chosen.tile, "SUD": 0}
+    strides = {"SA": 0, "SAD": 0, "SAG": 0, "SX": 0, "SL": chosen.tile, "SLD": 0, "SU": chosen.tile, "SUD": 0}
     scan_forward((None, lam, weights, u), y, None, segment, chosen, {"GC": channels // groups, **strides})
     return y
 
@@ -97,17 +98,17 @@ def predict(
     """
     (height, width), (batch, _, channels) = grid, latent.shape
     chosen = chosen or _plan(latent, grid)
-    warps = cdiv(channels, scan.WC * scan.tile) * scan.WC
+    planes = cdiv(channels, scan.tile)
     # 32 bits hold every offset inside an image.
-    if 4 * height * width * max(warps * scan.tile, 2 * groups) >= 2**31:
+    if 4 * height * width * max(planes * scan.tile, 2 * groups) >= 2**31:
         raise ValueError(f"a grid of {height} x {width} with a latent of {channels} channels is too large; split it")
-    gates = latent.new_empty(2, batch, 4, warps, height * width, scan.tile)
+    gates = latent.new_empty(2, batch, 4, planes, height * width, scan.tile)
     weights = latent.new_empty(batch, 4, groups, height * width, 2, dtype=torch.float32)
     step = min(chosen.step, _block(channels, 64))
     pixels = batch * cdiv(height, chosen.rows) * cdiv(width, chosen.columns)
     predict_kernel[(2 * pixels,)](
         latent.contiguous(), weight.contiguous(), bias.contiguous(), *gates, weights, height, width,
-        segment or height + width, R=channels, G=groups, WARPS=warps, E=scan.tile, TH=chosen.rows, TW=chosen.columns,
+        segment or height + width, R=channels, G=groups, PLANES=planes, E=scan.tile, TH=chosen.rows, TW=chosen.columns,
         BN=_block(channels, chosen.numbers), BL=FEWEST, BK=step, NS=chosen.stages, num_warps=chosen.warps,
     )  # fmt: skip
     return gates[0], gates[1], weights
@@ -133,7 +134,7 @@ def _block(channels: int, most: int) -> int:
 
 @triton.jit(do_not_specialize=("H", "W", "segment"))
 def predict_kernel(
-    latent, weight, bias, lam, u, weights, H, W, segment, R: tl.constexpr, G: tl.constexpr, WARPS: tl.constexpr,
+    latent, weight, bias, lam, u, weights, H, W, segment, R: tl.constexpr, G: tl.constexpr, PLANES: tl.constexpr,
     E: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr, BN: tl.constexpr, BL: tl.constexpr, BK: tl.constexpr,
     NS: tl.constexpr,
 ):  # fmt: skip
@@ -155,12 +156,12 @@ def predict_kernel(
     tiles: tl.constexpr = (R + BN - 1) // BN
     for n in tl.range(0, 2 * tiles, num_stages=NS):
         d, c = 2 * half + n // tiles, n % tiles * BN + tl.arange(0, BN)
-        o, mask = _place(d * WARPS + c // E, c % E, o_q, H * W, E), there[:, None] & (c < R)[None, :]
+        o, mask = _place(d * PLANES + c // E, c % E, o_q, H * W, E), there[:, None] & (c < R)[None, :]
         b_l = _product(b_z, weight, bias, d * R + c, c < R, R, BK)
         b_l *= tl.load(p_z + c[None, :], mask=mask, other=0.0).to(tl.float32)
-        tl.store(lam + i_b * (4 * WARPS * E) * (H * W) + o, b_l.to(lam.dtype.element_ty), mask=mask)
+        tl.store(lam + i_b * (4 * PLANES * E) * (H * W) + o, b_l.to(lam.dtype.element_ty), mask=mask)
         b_u = _product(b_z, weight, bias, (4 + d) * R + c, c < R, R, BK)
-        tl.store(u + i_b * (4 * WARPS * E) * (H * W) + o, b_u.to(u.dtype.element_ty), mask=mask)
+        tl.store(u + i_b * (4 * PLANES * E) * (H * W) + o, b_u.to(u.dtype.element_ty), mask=mask)
     # A direction's logits follow those of the one before: groups of three, each taken as four.
     for n in tl.range(0, 8 * G, BL):
         o_n = n + tl.arange(0, BL)

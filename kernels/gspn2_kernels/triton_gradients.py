@@ -53,12 +53,12 @@ def gradients_kernel(
         b_dx += tl.load(p_l + i_d * SLD, mask=m_c, other=0.0).to(tl.float32) * b_g
         b_l, b_r = _differences(p_h - M * C, m_c & inner[:, None], q, M, C)
         s_l, s_r = tl.reshape(b_g * b_l, (TH * TW, BG, BC)), tl.reshape(b_g * b_r, (TH * TW, BG, BC))
-        m_a = there[:, None, None] & (o_g < G) & (o_k < 4)
+        m_a = there[:, None, None] & (o_g < G) & (o_k < 3)
         b_a = tl.load(p_a + i_d * SAD, mask=m_a, other=0.0)
         b_da = _logit_gradients(
             tl.sum(s_l, 2) * state_scale, tl.sum(s_r, 2) * state_scale, b_a, q, M, inner, TH * TW, BG
         )
-        tl.store(p_da + i_d * (3 * G), b_da.to(dlogits.dtype.element_ty), mask=m_a & (o_k < 3))
+        tl.store(p_da + i_d * (3 * G), b_da.to(dlogits.dtype.element_ty), mask=m_a)
     tl.store(dx + o_b + (pixel * C)[:, None] + o_c, b_dx.to(dx.dtype.element_ty), mask=m_c)
 
 

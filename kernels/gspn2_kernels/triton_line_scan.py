@@ -61,13 +61,14 @@ def _forward(
     y = torch.empty(lam.shape, dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y
-    chosen = chosen or plan(batch, height, width, channels, logits.shape[4], x.element_size())
-    x, lam, u, logits = by_pixel(x), by_pixel(lam), by_pixel(u), _padded(logits)
+    kernel = "forward" if states is None else "train"
+    chosen = chosen or plan(batch, height, width, channels, logits.shape[4], x.element_size(), kernel)
+    x, lam, u, logits = by_pixel(x), by_pixel(lam), by_pixel(u), _readable(logits, chosen)
     _check_offsets(x, lam, logits, u, y)
     # Triton launches on the current device, which need not be that of x.
     with torch.cuda.device_of(x):
-        weights = line_weights(logits, segment)
-        scan_forward((x, lam, weights, u), y, states, segment, chosen, _strides(x, lam, u, logits.shape[4]))
+        weights = line_weights(logits, segment) if chosen.APART else logits
+        scan_forward((x, lam, weights, u), y, states, segment, chosen, _strides(x, lam, u, logits))
     return y
 
 
@@ -82,7 +83,7 @@ def scan_forward(
     """Launch the forward on the current device, which is to be that of the tensors.
 
     Args:
-        inputs: x, lam, weights and u as `line_scan_fwd_kernel` takes them: without x, the others in planes.
+        inputs: x, lam, weights or logits, and u as `line_scan_fwd_kernel` takes them: without x, the others in planes.
         y: Where the result goes (B, H, W, 4, C).
         states: Where the states go, or None.
         segment: Lines after which a scan restarts, or 0.
@@ -91,9 +92,9 @@ def scan_forward(
     """
     batch, height, width, _, channels = y.shape
     shape = (batch, height, width, channels)
-    x, lam, _, u = inputs
+    x = inputs[0]
     # Those of planes follow from the sizes.
-    by_image = [0, 0, 0] if x is None else [t.stride(0) for t in (x, lam, u)]
+    by_image = [0, 0, 0, 0] if x is None else [t.stride(0) for t in inputs if t is not None]
     scratch = _scratch(shape, chosen, y.device)
     for launch, first, last in _launches(shape, chosen):
         line_scan_fwd_kernel[_grid(shape, chosen)](
@@ -131,14 +132,15 @@ def line_scan_bwd(
     if lam.numel() == 0:
         return dx.zero_(), dlam, dlogits.zero_(), du
     chosen = chosen or plan(batch, height, width, channels, logits.shape[4], x.element_size(), "backward")
-    dy, x, lam, u, logits = by_pixel(dy), by_pixel(x), by_pixel(lam), by_pixel(u), _padded(logits)
-    strides = {**_strides(x, lam, u, logits.shape[4]), "SY": dy.stride(2), "SYD": dy.stride(3)}
+    dy, x, lam, u, logits = by_pixel(dy), by_pixel(x), by_pixel(lam), by_pixel(u), _readable(logits, chosen)
+    strides = {**_strides(x, lam, u, logits), "SY": dy.stride(2), "SYD": dy.stride(3)}
     _check_offsets(x, lam, logits, u, dy)
     with torch.cuda.device_of(x):
         # A gradient of a state can be far larger or smaller than those of the inputs, and fp16 ends at 65504 and 6e-8.
         dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
         g = torch.empty(batch, 4, height * width, channels, dtype=dtype, device=x.device)
-        _scan_backward((u, dy, line_weights(logits, segment)), g, segment, chosen, strides)
+        weights = line_weights(logits, segment) if chosen.APART else logits
+        _scan_backward((u, dy, weights), g, segment, chosen, strides)
         _gradients((x, lam, logits, dy), states, g, segment, strides, (dx, dlam, dlogits, du))
     return dx, dlam, dlogits, du
 
@@ -150,12 +152,12 @@ def _scan_backward(
     u, dy, weights = inputs
     batch, height, width, _, channels = u.shape
     shape = (batch, height, width, channels)
-    constants = {name: strides[name] for name in ("GC", "SU", "SUD", "SY", "SYD")}
+    constants = {name: strides[name] for name in ("GC", "SU", "SUD", "SY", "SYD", "SA", "SAD", "SAG")}
     scratch = _scratch(shape, chosen, g.device)
     for launch, first, last in _launches(shape, chosen):
         line_scan_bwd_kernel[_grid(shape, chosen)](
             u, dy, weights, g, scratch, first, last, launch, height, width, segment or height + width, u.stride(0),
-            dy.stride(0), C=channels, **constants, **chosen._asdict(), num_warps=chosen.WC,
+            dy.stride(0), weights.stride(0), C=channels, **constants, **chosen._asdict(), num_warps=chosen.WC,
         )  # fmt: skip
 
 
@@ -176,7 +178,6 @@ def _gradients(
     rows = 1 << (pixels.bit_length() - 1) // 2
     columns = pixels // rows
     constants = {name: value for name, value in strides.items() if name not in ("GC", "SU", "SUD")}
-    constants |= dict(zip(("SA", "SAD", "SAG"), logits.stride()[2:5], strict=True))
     gradients_kernel[(cdiv(height, rows) * cdiv(width, columns), batch)](
         x, lam, logits, dy, states, g, *out, height, width, segment or height + width, _state_scale(x), x.stride(0),
         lam.stride(0), logits.stride(0), dy.stride(0), C=channels, G=groups, TH=rows, TW=columns, BG=power_of_2(groups),
@@ -192,7 +193,7 @@ def empty_states(x: Tensor) -> Tensor:
 
 
 def _grid(shape: Sequence[int], chosen: Plan) -> tuple[int, int, int]:
-    return cdiv(shape[3], chosen.WC * chosen.tile) * chosen.GRID, 4, shape[0]
+    return cdiv(shape[3], chosen.tile) * chosen.GRID, 4, shape[0]
 
 
 def _launches(shape: Sequence[int], chosen: Plan) -> Iterator[tuple[int, int, int]]:
@@ -212,14 +213,17 @@ def _check_offsets(*tensors: Tensor) -> None:
             )
 
 
-def _strides(x: Tensor, lam: Tensor, u: Tensor, groups: int) -> dict[str, int]:
+def _strides(x: Tensor, lam: Tensor, u: Tensor, logits: Tensor) -> dict[str, int]:
     """Name the strides that are constants of a kernel, and the channels of a group: with them, loads are vectors."""
     strides = {"SX": x.stride(2), "SL": lam.stride(2), "SLD": lam.stride(3), "SU": u.stride(2), "SUD": u.stride(3)}
-    return {"GC": x.shape[3] // groups, **strides}
+    strides |= dict(zip(("SA", "SAD", "SAG"), logits.stride()[2:5], strict=True))
+    return {"GC": x.shape[3] // logits.shape[4], **strides}
 
 
-def _padded(logits: Tensor) -> Tensor:
-    """Give every three logits room for a fourth, which a kernel reads along and ignores; copy only if there is none."""
+def _readable(logits: Tensor, chosen: Plan) -> Tensor:
+    """Give every three logits room for a fourth, which a scan reads along and ignores; copy only if there is none."""
+    if chosen.APART:
+        return by_pixel(logits)
     room = logits.untyped_storage().nbytes() // logits.element_size() - logits.storage_offset()
     last = sum((size - 1) * stride for size, stride in zip(logits.shape[:-1], logits.stride()[:-1], strict=True))
     regular = logits.stride(-1) == 1 and logits.stride(1) == logits.shape[2] * logits.stride(2)
@@ -231,7 +235,7 @@ def _padded(logits: Tensor) -> Tensor:
 def _scratch(shape: Sequence[int], chosen: Plan, device: torch.device) -> Tensor:
     """Make room for the states that one launch hands to the next: two buffers of a line, for every scan."""
     batch, height, width, channels = shape
-    block = chosen.WC * chosen.tile
+    block = chosen.tile
     numbers = batch * 4 * 2 * max(height, width) * cdiv(channels, block) * block
     return torch.empty(numbers if chosen.GRID > 1 else 0, dtype=torch.float32, device=device)
 

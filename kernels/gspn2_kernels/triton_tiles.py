@@ -1,12 +1,12 @@
 """Pieces that the Triton kernels of the line scan share: who holds what, the weights, the exchange of neighbours.
 
-A program is a handful of warps that scan one direction of one image, for a block of channels: a warp for every
-CL BC of them. A warp holds a line in registers. Its 32 lanes are K positions x CL groups of BC channels, and every
-lane keeps P adjacent positions, one tensor each (a tuple), so that neighbours are mostly the lane's own registers and
-the rest is one shuffle. A line that is too long for that is split into GRID segments, one program each.
+A program is a handful of warps that scan one direction of one image, for a block of CL BC channels. It holds a line in
+registers: its 32 WC lanes are positions x CL groups of BC channels, in the order of memory, so that a load of a warp is
+runs of whole pixels, and every lane keeps P adjacent positions, one tensor each (a tuple). Neighbours are mostly the
+lane's own registers; the rest is a shuffle in a program of one warp, else a pass through shared memory. A line that is
+too long for that is split into GRID segments, one program each.
 
-Shapes: BC channels of a lane, 32 lanes (position, channel group), WC warps; rows = 32 WC lanes of memory.
-State tensors are (BC, 32, WC), memory tensors (rows, BC), since a load wants its lanes in the order of memory.
+Shapes: lanes 32 WC, BC channels of a lane; tensors of states and of memory are (lanes, BC).
 """
 
 import triton
@@ -14,33 +14,6 @@ import triton.language as tl
 
 # Arguments whose values are not worth a compilation of their own: a new image size runs the code of the last.
 SIZES = ("first", "last", "launch", "H", "W", "segment")
-
-
-@triton.jit
-def lanes(WC: tl.constexpr, WP: tl.constexpr, CL: tl.constexpr):
-    """Tell warp, position and channel group of each row; WP warps that lie side by side share a run of memory."""
-    row = tl.arange(0, WC * 32)
-    warp = row // (32 * WP) * WP + row // CL % WP
-    return warp, row // (CL * WP) % (32 // CL), row % CL
-
-
-@triton.jit
-def to_state(v, WC: tl.constexpr, WP: tl.constexpr, CL: tl.constexpr, BC: tl.constexpr):
-    """Turn rows (WC 32, BC) in the order of `lanes` into state (BC, 32, WC)."""
-    v = tl.reshape(v, (WC // WP, 32 // CL, WP, CL, BC))
-    return tl.reshape(tl.permute(v, (4, 1, 3, 0, 2)), (BC, 32, WC))
-
-
-@triton.jit
-def to_rows(v, WC: tl.constexpr, BC: tl.constexpr):
-    """Turn state (BC, 32, WC) into rows (WC 32, BC) in the order of `lanes` with WP = 1."""
-    return tl.reshape(tl.permute(v, (2, 1, 0)), (WC * 32, BC))
-
-
-@triton.jit
-def per_lane(v, WC: tl.constexpr):
-    """Turn one number a row (WC 32,), in the order of `lanes` with WP = 1, into (32, WC)."""
-    return tl.permute(tl.reshape(v, (WC, 32)), (1, 0))
 
 
 @triton.jit
@@ -115,21 +88,32 @@ def complements(b_a, first, last, rows: tl.constexpr):
 
 
 @triton.jit
-def neighbour_lanes(CL: tl.constexpr):
-    """Tell the lanes that hold the positions before and after those of each lane, clamped at the ends."""
-    lane = tl.arange(0, 32)
-    return tl.maximum(lane - CL, lane % CL), tl.minimum(lane + CL, 32 - CL + lane % CL)
+def neighbour(b_v, before: tl.constexpr, WC: tl.constexpr, CL: tl.constexpr, BC: tl.constexpr):
+    """Take what the lanes hold that have the positions before or after, clamped at the ends."""
+    lane = tl.arange(0, WC * 32)
+    if before:
+        other = tl.maximum(lane - CL, lane % CL)
+    else:
+        other = tl.minimum(lane + CL, WC * 32 - CL + lane % CL)
+    if WC == 1:
+        return tl.gather(b_v, tl.broadcast_to(other[:, None], (WC * 32, BC)), 0)
+    else:
+        # Of one dimension, for else Triton changes the layout of the states, so that a gather stays within a warp.
+        flat = tl.reshape(tl.permute(b_v, (1, 0)), (BC * WC * 32,))
+        o = tl.arange(0, BC)[:, None] * (WC * 32) + other[None, :]
+        found = tl.gather(flat, tl.reshape(o, (BC * WC * 32,)), 0)
+        return tl.permute(tl.reshape(found, (BC, WC * 32)), (1, 0))
 
 
 @triton.jit
 def place(
-    M, origin, C: tl.constexpr, WC: tl.constexpr, GRID: tl.constexpr, WP: tl.constexpr, CL: tl.constexpr,
-    BC: tl.constexpr, P: tl.constexpr,
+    M, origin, C: tl.constexpr, WC: tl.constexpr, GRID: tl.constexpr, CL: tl.constexpr, BC: tl.constexpr,
+    P: tl.constexpr,
 ):  # fmt: skip
-    """Tell the first position and the first channel of each row; beyond C, positions lie outside the line."""
-    warp, k, cl = lanes(WC, WP, CL)
-    o_c = ((tl.program_id(0) // GRID * WC + warp) * CL + cl) * BC
-    return tl.where(o_c < C, origin + k * P, M), o_c
+    """Tell the first position and the first channel of each lane; beyond C, positions lie outside the line."""
+    lane = tl.arange(0, WC * 32)
+    o_c = (tl.program_id(0) // GRID * CL + lane % CL) * BC
+    return tl.where(o_c < C, origin + lane // CL * P, M), o_c
 
 
 @triton.jit
@@ -156,32 +140,35 @@ def needed(o_q, low, high, M, left, GRID: tl.constexpr):
 
 @triton.jit
 def read_line(
-    i, last, keep, steps, w_step, M, low, high, p_x, p_l, p_u, p_w, o_q, r_q, SX: tl.constexpr, SL: tl.constexpr,
-    SU: tl.constexpr, MORE: tl.constexpr, WC: tl.constexpr, GRID: tl.constexpr, WP: tl.constexpr, CL: tl.constexpr,
-    BC: tl.constexpr, P: tl.constexpr,
+    i, last, keep, steps, w_step, M, low, high, p_x, p_l, p_u, p_w, o_q, SX: tl.constexpr, SL: tl.constexpr,
+    SU: tl.constexpr, SA: tl.constexpr, MORE: tl.constexpr, WC: tl.constexpr, GRID: tl.constexpr, P: tl.constexpr,
+    APART: tl.constexpr,
 ):  # fmt: skip
     """Read what line i takes from memory, nothing unless it comes before the `last` of this launch.
 
     For each of a lane's positions three weights, the product of l and x, or l without an x, and u where there is one.
-    `steps` are the pixels from line to line and from position to position, w_step those from line to line of weights;
-    keep = 0 cuts off the line before. What is handed on after the last line is MORE lines further than that.
+    `steps` are the pixels from line to line and from position to position. p_w points to logits, which are normalised
+    here, or with APART to weights, w_step from line to line; keep = 0 cuts off the line before. What is handed on after
+    the last line is MORE lines further than that.
     """
     line = ()
     left = tl.where(i < last, last - 1 - i + MORE, -1)
     for p in tl.static_range(P):
         o = i * steps[0] + p * steps[1]
         m_load = needed(o_q + p, low, high, M, left, GRID)
-        m_w = needed(r_q + p, low, high, M, left, GRID)
-        w0, w2 = tl.split(tl.load(p_w + (i * w_step + p) * 2, mask=m_w, other=0.0))
-        b_l = to_state(tl.load(p_l + o * SL, mask=m_load, other=0.0), WC, WP, CL, BC).to(tl.float32)
+        if APART:
+            w0, w2 = tl.split(tl.load(p_w + (i * w_step + p) * 2, mask=m_load, other=0.0))
+            w1 = keep - (w0 + w2)  # the weights of a line that is not cut off add up to 1
+        else:
+            b_a = tl.load(p_w + o * SA, mask=m_load, other=0.0)
+            w0, w1, w2 = weights(b_a, o_q + p <= 0, o_q + p >= M - 1, keep, WC * 32)
+        b_l = tl.load(p_l + o * SL, mask=m_load, other=0.0).to(tl.float32)
         if p_x is not None:
-            b_l *= to_state(tl.load(p_x + o * SX, mask=m_load, other=0.0), WC, WP, CL, BC).to(tl.float32)
-        # The weights of a line that is not cut off add up to 1.
-        line = line + (per_lane(w0, WC)[None], per_lane(keep - (w0 + w2), WC)[None], per_lane(w2, WC)[None], b_l)
+            b_l *= tl.load(p_x + o * SX, mask=m_load, other=0.0).to(tl.float32)
+        line = line + (w0[:, None], w1[:, None], w2[:, None], b_l)
         if p_u is not None:
             m_own = needed(o_q + p, low, high, M, tl.minimum(left, 0), GRID)
-            b_u = to_state(tl.load(p_u + o * SU, mask=m_own, other=0.0), WC, WP, CL, BC)
-            line = line + (b_u.to(tl.float32),)
+            line = line + (tl.load(p_u + o * SU, mask=m_own, other=0.0).to(tl.float32),)
     return line
 
 
@@ -197,23 +184,21 @@ def weights_of(p_w, i, groups, H, W, T, M, step, group, r_q):
 def _carried(
     scratch, buffer, M, origin, WC: tl.constexpr, CL: tl.constexpr, BC: tl.constexpr, P: tl.constexpr
 ):  # fmt: skip
-    """Point to the states of a line in memory, and tell the position of each.
+    """Point to the states of a line in memory, and tell the position of each lane.
 
     Two buffers take turns between launches: no program writes what another may still be reading.
     """
-    lane = tl.arange(0, 32)[None, :, None]
-    o_c = (tl.arange(0, WC)[None, None, :] * CL + lane % CL) * BC + tl.arange(0, BC)[:, None, None]
-    o_q = origin + lane // CL * P + 0 * o_c
-    return scratch + (buffer * M + o_q) * (WC * CL * BC) + o_c, o_q
+    lane = tl.arange(0, WC * 32)
+    o_q = origin + lane // CL * P
+    o_c = (lane % CL * BC)[:, None] + tl.arange(0, BC)[None, :]
+    return scratch + ((buffer * M + o_q) * (CL * BC))[:, None] + o_c, o_q[:, None]
 
 
 @triton.jit
-def handed_on(
-    scratch, i, H, W, WC: tl.constexpr, GRID: tl.constexpr, CL: tl.constexpr, BC: tl.constexpr
-):  # fmt: skip
+def handed_on(scratch, i, H, W, GRID: tl.constexpr, CL: tl.constexpr, BC: tl.constexpr):
     """Point to what the launches of a block of channels hand on, in direction i, counted through the images."""
     block = i * (tl.num_programs(0) // GRID) + tl.program_id(0) // GRID
-    return scratch + block * (2 * tl.maximum(H, W) * WC * CL * BC)
+    return scratch + block * (2 * tl.maximum(H, W) * CL * BC)
 
 
 @triton.jit
@@ -223,7 +208,7 @@ def put(
     """Write the states that a segment owns, for the next launch."""
     p_h, o_q = _carried(scratch, buffer, M, origin, WC, CL, BC, P)
     for p in tl.static_range(P):
-        tl.store(p_h + p * (WC * CL * BC), b_h[p], mask=(o_q + p >= low) & (o_q + p < high))
+        tl.store(p_h + p * (CL * BC), b_h[p], mask=(o_q + p >= low) & (o_q + p < high))
 
 
 @triton.jit
@@ -233,7 +218,7 @@ def get(scratch, buffer, M, origin, WC: tl.constexpr, CL: tl.constexpr, BC: tl.c
     b_h = ()
     for p in tl.static_range(P):
         there = (o_q + p >= 0) & (o_q + p < M)
-        b_h = b_h + (tl.load(p_h + p * (WC * CL * BC), mask=there, other=0.0),)
+        b_h = b_h + (tl.load(p_h + p * (CL * BC), mask=there, other=0.0),)
     return b_h
 
 
@@ -242,5 +227,5 @@ def zeros(WC: tl.constexpr, BC: tl.constexpr, P: tl.constexpr):
     """Make the states before the first line."""
     b_h = ()
     for _ in tl.static_range(P):
-        b_h = b_h + (tl.zeros((BC, 32, WC), tl.float32),)
+        b_h = b_h + (tl.zeros((WC * 32, BC), tl.float32),)
     return b_h

@@ -25,7 +25,7 @@ def line_weights(logits: Tensor, segment: int) -> Tensor:
     """Compute the weights of the lines before and after each position.
 
     Args:
-        logits: (B, H, W, 4, G, K) with room for a fourth behind every three.
+        logits: (B, H, W, 4, G, K), of any strides but that of K, which is 1.
         segment: Lines after which a scan restarts, or 0.
 
     Returns:
@@ -54,9 +54,9 @@ def weights_kernel(
     # Pixels in the order of the direction's positions, so that runs of them are written.
     row = tile // tl.cdiv(W, TILE) * TILE + tl.where(vertical, o // TILE, o % TILE)
     column = tile % tl.cdiv(W, TILE) * TILE + tl.where(vertical, o % TILE, o // TILE)
-    there = ((row < H) & (column < W))[:, None]
-    p_a = logits + i_b * sab + i_d * SAD + i_g * SAG + ((row * W + column) * SA)[:, None] + tl.arange(0, 4)[None, :]
-    b_w = outer_weights(tl.load(p_a, mask=there, other=0.0), i_d, row, column, H, W, segment, TILE * TILE)
+    there, o_k = ((row < H) & (column < W))[:, None], tl.arange(0, 4)[None, :]
+    p_a = logits + i_b * sab + i_d * SAD + i_g * SAG + ((row * W + column) * SA)[:, None] + o_k
+    b_w = outer_weights(tl.load(p_a, mask=there & (o_k < 3), other=0.0), i_d, row, column, H, W, segment, TILE * TILE)
     o_q = tl.where(vertical, row * W + column, column * H + row)
     p_w = out + ((i_b * 4 + i_d) * tl.num_programs(1) + i_g) * (H * W * 2) + (o_q * 2)[:, None]
     tl.store(p_w + tl.arange(0, 2)[None, :], b_w, mask=there)

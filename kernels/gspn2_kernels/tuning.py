@@ -13,37 +13,41 @@ class Plan(NamedTuple):
     """Constants of a kernel, see `triton_tiles`.
 
     Attributes:
-        WC: Warps of a program; they split the channels.
+        WC: Warps of a program; they split the positions.
         GRID: Programs that split a line; above 1, a scan takes several launches.
-        WP: Warps whose channels one group of loads covers, so that it reads longer runs of memory.
         CL: Lanes that split the channels of a position.
         BC: Channels of a lane.
         P: Positions of a lane.
         NS: Stages of the software pipeline: the loads of NS - 1 lines are under way.
         AHEAD: Read a line one step before it is used.
+        APART: Take weights that a launch before made, instead of logits.
     """
 
     WC: int
     GRID: int
-    WP: int
     CL: int
     BC: int
     P: int
     NS: int
     AHEAD: bool = False
+    APART: bool = False
+
+    @property
+    def held(self) -> int:
+        """Positions that the lanes of a program hold."""
+        return LANES * self.WC // self.CL * self.P
 
     @property
     def tile(self) -> int:
-        """Channels of a warp."""
+        """Channels of a program."""
         return self.CL * self.BC
 
     def lines_per_launch(self, height: int, width: int) -> int:
         """Lines that every segment can scan before it needs its neighbours' states."""
         if self.GRID == 1:
             return max(height, width)
-        held = LANES // self.CL * self.P
         owned = [-(-positions // self.GRID) for positions in (height, width)]
-        return min((held - own) // min(2, self.GRID - 1) for own in owned)
+        return min((self.held - own) // min(2, self.GRID - 1) for own in owned)
 
 
 class Rule(NamedTuple):
@@ -55,9 +59,10 @@ class Rule(NamedTuple):
         halo: Positions that a segment shares with a neighbour at least: lines of a launch.
         cl: Lanes of a position at most.
         vector: Bytes of a lane's channels at most.
-        warps: Warps of a program at most.
+        warps: Warps of a program at most; they split the positions.
         stages: Stages of the pipeline.
         ahead: Read a line ahead.
+        apart: Normalise logits in a launch of their own.
     """
 
     positions: int
@@ -68,57 +73,51 @@ class Rule(NamedTuple):
     warps: int
     stages: int
     ahead: bool = False
+    apart: bool = True
 
 
 ENDLESS = 1 << 30
-# Each by the number of warps at least, shortest lines first; chosen on an H100 with kernels/benchmarks/tune.py, those
-# of planes on an H200. With few warps the time goes by the number of steps: lanes that hold less and take them faster
-# pay, as do programs of one warp, which wait for no other.
+# Each by the number of warps at least, shortest lines first; chosen on H200s, those of few warps on an H100, with
+# kernels/benchmarks/tune.py. With few warps the time goes by the number of steps: lanes that hold less and take them
+# faster pay, as do programs of one warp, which wait for no other.
 Rules = tuple[tuple[int, tuple[Rule, ...]], ...]
 FEW_WARPS = (0, (Rule(128, 0, 0, 1, 8, 1, 4, ahead=True), Rule(ENDLESS, 32, 16, 1, 8, 1, 4, ahead=True)))
 FORWARD: Rules = (
     (
         256,
         (
-            Rule(16, 0, 0, 2, 16, 4, 5),
-            Rule(80, 0, 0, 2, 16, 4, 4),
-            Rule(160, 0, 0, 2, 16, 4, 3),
-            Rule(ENDLESS, 64, 16, 2, 16, 4, 3),
+            Rule(16, 0, 0, 8, 16, 2, 4, apart=False),
+            Rule(80, 0, 0, 8, 16, 4, 4, apart=False),
+            Rule(160, 0, 0, 8, 16, 8, 3),
+            Rule(ENDLESS, 64, 32, 8, 16, 8, 4),
         ),
     ),
     (
         64,
         (
-            Rule(64, 0, 0, 1, 16, 1, 4, ahead=True),
+            Rule(64, 0, 0, 2, 16, 2, 4, ahead=True),
+            Rule(128, 0, 0, 2, 16, 4, 4, ahead=True),
             Rule(256, 32, 16, 1, 16, 1, 4, ahead=True),
             Rule(ENDLESS, 16, 24, 1, 16, 1, 4, ahead=True),
         ),
     ),
     FEW_WARPS,
 )
-# Of planes a warp reads whole runs by itself, whatever others do.
-PLANES: Rules = (
+# A forward that keeps states writes more, and is as fast with fewer lines under way.
+TRAIN: Rules = (
     (
         256,
         (
-            Rule(40, 0, 0, 2, 16, 1, 4, ahead=True),
-            Rule(80, 0, 0, 2, 16, 1, 3),
-            Rule(160, 0, 0, 2, 16, 2, 3),
-            Rule(ENDLESS, 64, 16, 2, 16, 1, 3),
+            Rule(16, 0, 0, 8, 16, 4, 5, apart=False),
+            Rule(80, 0, 0, 8, 16, 4, 3),
+            Rule(160, 0, 0, 8, 16, 8, 3),
+            Rule(ENDLESS, 64, 32, 8, 16, 8, 4),
         ),
     ),
-    (
-        64,
-        (
-            Rule(64, 0, 0, 1, 16, 1, 4, ahead=True),
-            Rule(256, 32, 16, 1, 8, 1, 4, ahead=True),
-            Rule(ENDLESS, 16, 24, 1, 16, 1, 4, ahead=True),
-        ),
-    ),
-    FEW_WARPS,
+    *FORWARD[1:],
 )
-# The scan of the backward moves what that of the forward does.
-RULES = {"forward": FORWARD, "planes": PLANES, "backward": FORWARD}
+# Planes and the scan of the backward move what the forward does.
+RULES = {"forward": FORWARD, "train": TRAIN, "planes": FORWARD, "backward": FORWARD}
 
 
 @lru_cache(1024)
@@ -134,13 +133,13 @@ def plan(
         channels: C.
         groups: G, a divisor of C.
         itemsize: Bytes of a number in memory.
-        kernel: "forward", the same of "planes", or "backward".
+        kernel: "forward", "train" where states are kept, "planes" of a latent's scans, or "backward".
     """
     positions = max(height, width)
     for least, rules in RULES[kernel]:
         rule = next(rule for rule in rules if positions <= rule.positions)
         chosen = _fit(rule, positions, channels, groups, itemsize)
-        if 4 * batch * chosen.GRID * -(-channels // chosen.tile) >= least:
+        if 4 * batch * chosen.GRID * chosen.WC * -(-channels // chosen.tile) >= least:
             break
     return chosen
 
@@ -149,24 +148,20 @@ def _fit(rule: Rule, positions: int, channels: int, groups: int, itemsize: int) 
     """Fill in what follows from the shape; all channels of a warp belong to one group."""
     group = channels // groups
     vector = max(n for n in (1, 2, 4, 8, 16) if n * itemsize <= max(rule.vector, itemsize) and group % n == 0)
-    # The last warp may have lanes beyond C, which do nothing, but none that reach into another group.
-    lanes = max(
-        n for n in (1, 2) if n <= rule.cl and (group % (n * vector) == 0 or groups == 1 and n * vector <= channels)
-    )
-    tiles = -(-channels // (lanes * vector))
-    # As few idle warps as possible, then as many in a program as possible.
-    warps = min((n for n in (1, 2, 4) if n <= rule.warps), key=lambda n: (-(-tiles // n) * n, -n))
+    # As few idle lanes as possible, then as many channels in a program as possible.
+    lanes = min((n for n in (1, 2, 4, 8) if n <= rule.cl), key=lambda n: (-(-channels // (n * vector)) * n, -n))
     segments = 1
     while rule.own and segments * rule.own < positions:
         segments *= 2
     held = -(-positions // segments) + min(2, segments - 1) * rule.halo
+    warps = min(rule.warps, 1 << max(0, -(-held * lanes // LANES) - 1).bit_length())
     return Plan(
         WC=warps,
         GRID=segments,
-        WP=2 if warps == 4 else 1,
         CL=lanes,
         BC=vector,
-        P=-(-held * lanes // LANES),
+        P=-(-held * lanes // (LANES * warps)),
         NS=rule.stages,
         AHEAD=rule.ahead,
+        APART=rule.apart,
     )

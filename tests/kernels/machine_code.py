@@ -28,14 +28,14 @@ INTEGERS = ("first", "last", "launch", "H", "W", "segment", *BATCH_STRIDES)
 def main() -> None:
     """Compile the throughput plans of bf16, 64 channels, 74 x 74."""
     shape = (32, 74, 74, 64, 1, 2)
-    forward, backward = plan(*shape), plan(*shape, "backward")
-    strides = {"C": 64, "GC": 64, "SX": 64, "SL": 256, "SLD": 64, "SU": 256, "SUD": 64}
+    forward, train, backward = plan(*shape), plan(*shape, "train"), plan(*shape, "backward")
+    strides = {"C": 64, "GC": 64, "SX": 64, "SL": 256, "SLD": 64, "SU": 256, "SUD": 64, "SA": 16, "SAD": 4, "SAG": 4}
     print(
         json.dumps(
             {
                 "shared": shared_bytes(),
                 "infer": describe(line_scan_fwd_kernel, forward, {**strides, "SAVE": False}),
-                "train": describe(line_scan_fwd_kernel, forward, {**strides, "SAVE": True}),
+                "train": describe(line_scan_fwd_kernel, train, {**strides, "SAVE": True}),
                 "planes": describe(
                     line_scan_fwd_kernel,
                     plan(*shape, "planes"),
@@ -61,7 +61,7 @@ def shared_bytes() -> dict[int, int]:
     found = {}
     for channels, chosen in ((NARROW, PredictPlan()), (256, WIDE)):
         tile = {"TH": chosen.rows, "TW": chosen.columns, "BN": chosen.numbers, "BK": chosen.step, "NS": chosen.stages}
-        constants = {"R": channels, "G": 1, "WARPS": channels // 16, "E": 16, "BL": FEWEST, **tile}
+        constants = {"R": channels, "G": 1, "PLANES": channels // 16, "E": 16, "BL": FEWEST, **tile}
         types = dict.fromkeys(predict_kernel.arg_names, "*bf16") | dict.fromkeys(("H", "W", "segment"), "i32")
         types["weights"] = "*fp32"
         types |= dict.fromkeys(constants, "constexpr")
@@ -75,7 +75,7 @@ def shared_bytes() -> dict[int, int]:
 def gradients(strides: dict[str, int]) -> dict[str, int]:
     """Compile the pass that makes the gradients, 8 pixels of 64 channels a program."""
     tile = {"G": 1, "TH": 2, "TW": 4, "BG": 1, "SY": 256, "SYD": 64, "SA": 16, "SAD": 4, "SAG": 4}
-    return describe(gradients_kernel, Plan(WC=2, GRID=1, WP=1, CL=1, BC=64, P=1, NS=1), {**strides, **tile})
+    return describe(gradients_kernel, Plan(WC=2, GRID=1, CL=1, BC=64, P=1, NS=1), {**strides, **tile})
 
 
 def describe(kernel: triton.JITFunction, chosen: Plan, strides: dict[str, int]) -> dict[str, int]:
@@ -83,7 +83,7 @@ def describe(kernel: triton.JITFunction, chosen: Plan, strides: dict[str, int]) 
     constants = {name: value for name, value in {**strides, **chosen._asdict()}.items() if name in kernel.arg_names}
     types = {name: "*bf16" for name in kernel.arg_names}
     types |= dict.fromkeys(INTEGERS, "i32") | {"state_scale": "fp32", "states": "*fp16"}
-    types |= dict.fromkeys(("scratch", "weights"), "*fp32")
+    types |= {"scratch": "*fp32"} | ({"weights": "*fp32"} if chosen.APART else {})
     types |= dict.fromkeys(constants, "constexpr")
     signature = {name: types[name] for name in kernel.arg_names}
     aligned = {

@@ -24,18 +24,20 @@ kernels = pytest.importorskip("gspn2_kernels.triton_gated")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # Plans of the scan are given, so that grids that the interpreter can take still have several warps, positions of a
-# lane, segments and launches: (WC, GRID, WP, CL, BC, P, NS, AHEAD).
+# lane, segments and launches: (WC, GRID, CL, BC, P, NS, AHEAD).
 CASES = [
-    pytest.param((2, 1, 7, 1), 1, 0, Plan(1, 1, 1, 1, 1, 1, 3), id="one row, one channel"),
-    pytest.param((1, 7, 1, 8), 1, 3, Plan(1, 1, 1, 2, 4, 1, 3), id="one column"),
-    pytest.param((1, 5, 17, 16), 1, 0, Plan(1, 1, 1, 1, 8, 1, 3), id="two tiles of pixels"),
-    pytest.param((1, 19, 3, 8), 1, 0, Plan(1, 1, 1, 2, 4, 2, 3), id="tall, two positions a lane"),
-    pytest.param((1, 4, 5, 32), 4, 1, Plan(4, 1, 1, 1, 8, 1, 3), id="a group a warp, every line restarts"),
-    pytest.param((1, 5, 7, 72), 1, 2, Plan(2, 1, 1, 2, 8, 1, 3), id="warps beyond the channels, two steps"),
-    pytest.param((1, 3, 4, 6), 6, 2, Plan(1, 1, 1, 1, 1, 1, 3), id="a group per channel"),
-    pytest.param((1, 11, 4, 16), 1, 0, Plan(1, 2, 1, 4, 4, 1, 3), id="a line in two programs"),
-    pytest.param((1, 5, 9, 16), 1, 4, Plan(1, 3, 1, 4, 4, 1, 2), id="a line in three programs"),
-    pytest.param((2, 4, 5, 4), 1, 2, Plan(1, 1, 1, 1, 4, 1, 3, AHEAD=True), id="a line read ahead"),
+    pytest.param((2, 1, 7, 1), 1, 0, Plan(1, 1, 1, 1, 1, 3), id="one row, one channel"),
+    pytest.param((1, 7, 1, 8), 1, 3, Plan(1, 1, 2, 4, 1, 3), id="one column"),
+    pytest.param((1, 5, 17, 16), 1, 0, Plan(1, 1, 1, 8, 1, 3), id="two tiles of pixels"),
+    pytest.param((1, 19, 3, 8), 1, 0, Plan(1, 1, 2, 4, 2, 3), id="tall, two positions a lane"),
+    pytest.param((1, 4, 5, 32), 4, 1, Plan(1, 1, 4, 8, 1, 3), id="a group a lane, every line restarts"),
+    pytest.param(
+        (1, 5, 7, 72), 1, 2, Plan(2, 1, 2, 8, 1, 3), id="two warps, half a program beyond the channels, two steps"
+    ),
+    pytest.param((1, 3, 4, 6), 6, 2, Plan(1, 1, 1, 1, 1, 3), id="a group per channel"),
+    pytest.param((1, 11, 4, 16), 1, 0, Plan(1, 2, 4, 4, 1, 3), id="a line in two programs"),
+    pytest.param((1, 5, 9, 16), 1, 4, Plan(1, 3, 4, 4, 1, 2), id="a line in three programs"),
+    pytest.param((2, 4, 5, 4), 1, 2, Plan(1, 1, 1, 4, 1, 3, AHEAD=True), id="a line read ahead"),
     pytest.param((2, 3, 5, 12), 3, 0, None, id="the table's plan"),
     pytest.param((1, 2, 3, 128), 1, 0, None, id="the widest latent in fp32"),
 ]
@@ -86,7 +88,7 @@ def test_kernels_are_the_scan(shape, groups: int, segment: int, chosen: Plan | N
 def test_16_bits_in_memory(channels: int, dtype: torch.dtype) -> None:
     shape = (1, 12 if channels < 128 else 2, 5, channels)
     drawn = draw(shape, dtype=dtype)
-    check(drawn, shape, 1, 0, kernels.gated_scan(*drawn, shape[1:3], 1, 0, chosen=Plan(1, 1, 1, 2, 8, 1, 3)))
+    check(drawn, shape, 1, 0, kernels.gated_scan(*drawn, shape[1:3], 1, 0, chosen=Plan(1, 1, 2, 8, 1, 3)))
 
 
 @pytest.mark.parametrize(("channels", "dtype"), [(136, torch.float32), (260, torch.float16)], ids=str)
@@ -104,14 +106,14 @@ def test_grids_too_large_are_named() -> None:
     latent, weight, bias = draw((1, 1, 1, 96), dtype=torch.bfloat16)
     latent = latent.expand(1, 2400 * 2400, 96)
     with pytest.raises(ValueError, match="a grid of 2400 x 2400 with a latent of 96 channels is too large; split it"):
-        kernels.predict(latent, weight, bias, (2400, 2400), 1, 0, Plan(1, 1, 1, 2, 8, 1, 3))
+        kernels.predict(latent, weight, bias, (2400, 2400), 1, 0, Plan(1, 1, 2, 8, 1, 3))
 
 
 def test_planes_hold_what_a_scan_reads() -> None:
     """lam times the latent, u and weights, each line after line of its direction; scans restart after seven lines."""
-    (height, width, channels), groups, segment, warps = (17, 9, 12), 2, 7, 4
+    (height, width, channels), groups, segment, blocks = (17, 9, 12), 2, 7, 2
     latent, weight, bias = draw((2, height, width, channels), groups)
-    scan = Plan(2, 1, 1, 1, 4, 1, 3)  # two warps of a program hold four channels each: of the last one none
+    scan = Plan(1, 1, 2, 4, 1, 3)  # eight channels to a plane: of the last one half
     lam, u, weights = kernels.predict(latent, weight, bias, (height, width), groups, segment, scan)
     control = (latent.double() @ weight.double().T + bias.double()).view(2, height, width, -1)
     for d, (name, planes, first) in itertools.product(range(4), (("lam", lam, 0), ("u", u, 4 * channels))):
@@ -119,8 +121,8 @@ def test_planes_hold_what_a_scan_reads() -> None:
         if name == "lam":
             expected = expected * latent.view(2, height, width, channels)
         lines = (expected if d < 2 else expected.transpose(1, 2)).flatten(1, 2)
-        assert planes.shape == (2, 4, warps, height * width, 4)
-        assert_close(f"{name} {d}", lines.unflatten(-1, (-1, 4)).transpose(1, 2), planes[:, d, : channels // 4], 2e-6)
+        assert planes.shape == (2, 4, blocks, height * width, 8)
+        assert_close(f"{name} {d}", lines, planes[:, d].transpose(1, 2).flatten(2)[..., :channels], 2e-6)
     logits = control[..., 8 * channels :].view(2, height, width, 4, groups, 3)
     assert_close("weights", outer_weights(logits, segment), weights, 2e-6)
 
