@@ -87,6 +87,7 @@ FORWARD: Rules = (
         256,
         (
             Rule(16, 0, 0, 8, 16, 2, 4, apart=False),
+            Rule(32, 0, 0, 4, 16, 2, 4, ahead=True),
             Rule(80, 0, 0, 8, 16, 4, 4, apart=False),
             Rule(160, 0, 0, 8, 16, 8, 3),
             Rule(ENDLESS, 64, 32, 8, 16, 8, 4),
@@ -95,8 +96,7 @@ FORWARD: Rules = (
     (
         64,
         (
-            Rule(64, 0, 0, 2, 16, 2, 4, ahead=True),
-            Rule(128, 0, 0, 2, 16, 4, 4, ahead=True),
+            Rule(64, 0, 0, 2, 16, 4, 4, ahead=True),
             Rule(256, 32, 16, 1, 16, 1, 4, ahead=True),
             Rule(ENDLESS, 16, 24, 1, 16, 1, 4, ahead=True),
         ),
@@ -109,6 +109,7 @@ TRAIN: Rules = (
         256,
         (
             Rule(16, 0, 0, 8, 16, 4, 5, apart=False),
+            Rule(32, 0, 0, 4, 16, 2, 4, ahead=True),
             Rule(80, 0, 0, 8, 16, 4, 3),
             Rule(160, 0, 0, 8, 16, 8, 3),
             Rule(ENDLESS, 64, 32, 8, 16, 8, 4),
@@ -116,8 +117,29 @@ TRAIN: Rules = (
     ),
     *FORWARD[1:],
 )
-# Planes and the scan of the backward move what the forward does.
-RULES = {"forward": FORWARD, "train": TRAIN, "planes": FORWARD, "backward": FORWARD}
+# Of planes a warp reads runs of memory whichever channels it has, so that few of them may share a line.
+PLANES: Rules = (
+    FORWARD[0],
+    (
+        64,
+        (
+            Rule(64, 0, 0, 2, 16, 4, 4, ahead=True),
+            Rule(128, 0, 0, 2, 8, 4, 4, ahead=True),
+            Rule(256, 0, 0, 2, 8, 8, 4, ahead=True),
+            Rule(ENDLESS, 16, 24, 1, 16, 1, 4, ahead=True),
+        ),
+    ),
+    (
+        0,
+        (
+            Rule(128, 0, 0, 2, 8, 4, 4, ahead=True),
+            Rule(256, 0, 0, 2, 8, 8, 4, ahead=True),
+            Rule(ENDLESS, 32, 16, 1, 8, 1, 4, ahead=True),
+        ),
+    ),
+)
+# The scan of the backward moves what the forward does.
+RULES = {"forward": FORWARD, "train": TRAIN, "planes": PLANES, "backward": FORWARD}
 
 
 @lru_cache(1024)
