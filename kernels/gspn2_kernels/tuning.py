@@ -77,49 +77,46 @@ class Rule(NamedTuple):
 
 
 ENDLESS = 1 << 30
-# Each by the number of warps at least, shortest lines first; chosen on H200s, those of few warps on an H100, with
-# kernels/benchmarks/tune.py. With few warps the time goes by the number of steps: lanes that hold less and take them
-# faster pay, as do programs of one warp, which wait for no other.
+# Each by the number of warps at least, shortest lines first; chosen on H200s with kernels/benchmarks/tune.py. With few
+# warps the time goes by the number of steps: lanes that hold less and take them faster pay, as do programs of one warp,
+# which wait for no other.
 Rules = tuple[tuple[int, tuple[Rule, ...]], ...]
+MANY_WARPS = (
+    256,
+    (
+        Rule(16, 0, 0, 8, 16, 2, 4, apart=False),
+        Rule(32, 0, 0, 4, 16, 2, 4, ahead=True),
+        Rule(80, 0, 0, 8, 16, 4, 4, apart=False),
+        Rule(160, 0, 0, 8, 16, 8, 3),
+        Rule(ENDLESS, 64, 32, 8, 16, 8, 4),
+    ),
+)
+SOME_WARPS = (
+    64,
+    (
+        Rule(64, 0, 0, 2, 16, 4, 4, ahead=True),
+        Rule(256, 32, 16, 1, 16, 1, 4, ahead=True),
+        Rule(ENDLESS, 16, 24, 1, 16, 1, 4, ahead=True),
+    ),
+)
 FEW_WARPS = (0, (Rule(128, 0, 0, 1, 8, 1, 4, ahead=True), Rule(ENDLESS, 32, 16, 1, 8, 1, 4, ahead=True)))
 FORWARD: Rules = (
-    (
-        256,
-        (
-            Rule(16, 0, 0, 8, 16, 2, 4, apart=False),
-            Rule(32, 0, 0, 4, 16, 2, 4, ahead=True),
-            Rule(80, 0, 0, 8, 16, 4, 4, apart=False),
-            Rule(160, 0, 0, 8, 16, 8, 3),
-            Rule(ENDLESS, 64, 32, 8, 16, 8, 4),
-        ),
-    ),
-    (
-        64,
-        (
-            Rule(64, 0, 0, 2, 16, 4, 4, ahead=True),
-            Rule(256, 32, 16, 1, 16, 1, 4, ahead=True),
-            Rule(ENDLESS, 16, 24, 1, 16, 1, 4, ahead=True),
-        ),
-    ),
-    FEW_WARPS,
+    MANY_WARPS,
+    (64, (*SOME_WARPS[1][:2], Rule(ENDLESS, 32, 48, 1, 8, 4, 4, ahead=True))),
+    (0, (Rule(128, 0, 0, 1, 16, 1, 4, ahead=True), FEW_WARPS[1][1])),
 )
 # A forward that keeps states writes more, and is as fast with fewer lines under way.
 TRAIN: Rules = (
     (
         256,
-        (
-            Rule(16, 0, 0, 8, 16, 4, 5, apart=False),
-            Rule(32, 0, 0, 4, 16, 2, 4, ahead=True),
-            Rule(80, 0, 0, 8, 16, 4, 3),
-            Rule(160, 0, 0, 8, 16, 8, 3),
-            Rule(ENDLESS, 64, 32, 8, 16, 8, 4),
-        ),
+        (Rule(16, 0, 0, 8, 16, 4, 5, apart=False), MANY_WARPS[1][1], Rule(80, 0, 0, 8, 16, 4, 3), *MANY_WARPS[1][3:]),
     ),
-    *FORWARD[1:],
+    SOME_WARPS,
+    FEW_WARPS,
 )
-# Of planes a warp reads runs of memory whichever channels it has, so that few of them may share a line.
+# Of planes a lane reads runs of memory whichever channels it has, so that warps may share lines of few channels.
 PLANES: Rules = (
-    FORWARD[0],
+    MANY_WARPS,
     (
         64,
         (
@@ -134,12 +131,12 @@ PLANES: Rules = (
         (
             Rule(128, 0, 0, 2, 8, 4, 4, ahead=True),
             Rule(256, 0, 0, 2, 8, 8, 4, ahead=True),
-            Rule(ENDLESS, 32, 16, 1, 8, 1, 4, ahead=True),
+            FEW_WARPS[1][1],
         ),
     ),
 )
-# The scan of the backward moves what the forward does.
-RULES = {"forward": FORWARD, "train": TRAIN, "planes": PLANES, "backward": FORWARD}
+BACKWARD: Rules = (MANY_WARPS, SOME_WARPS, FEW_WARPS)
+RULES = {"forward": FORWARD, "train": TRAIN, "planes": PLANES, "backward": BACKWARD}
 
 
 @lru_cache(1024)
@@ -167,7 +164,7 @@ def plan(
 
 
 def _fit(rule: Rule, positions: int, channels: int, groups: int, itemsize: int) -> Plan:
-    """Fill in what follows from the shape; all channels of a warp belong to one group."""
+    """Fill in what follows from the shape; all channels of a lane belong to one group."""
     group = channels // groups
     vector = max(n for n in (1, 2, 4, 8, 16) if n * itemsize <= max(rule.vector, itemsize) and group % n == 0)
     # As few idle lanes as possible, then as many channels in a program as possible.

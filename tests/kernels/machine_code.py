@@ -26,7 +26,7 @@ INTEGERS = ("first", "last", "launch", "H", "W", "segment", *BATCH_STRIDES)
 
 
 def main() -> None:
-    """Compile the throughput plans of bf16, 64 channels, 74 x 74."""
+    """Compile the throughput plans of bf16, 64 channels, 74 x 74, and that of one image of 64 x 64."""
     shape = (32, 74, 74, 64, 1, 2)
     forward, train, backward = plan(*shape), plan(*shape, "train"), plan(*shape, "backward")
     strides = {"C": 64, "GC": 64, "SX": 64, "SL": 256, "SLD": 64, "SU": 256, "SUD": 64, "SA": 16, "SAD": 4, "SAG": 4}
@@ -38,17 +38,10 @@ def main() -> None:
                 "train": describe(line_scan_fwd_kernel, train, {**strides, "SAVE": True}),
                 "planes": describe(
                     line_scan_fwd_kernel,
-                    plan(*shape, "planes"),
-                    {
-                        **dict.fromkeys(strides, 0),
-                        "C": 64,
-                        "GC": 64,
-                        "SL": 16,
-                        "SU": 16,
-                        "SAVE": False,
-                        "x": None,
-                    },
+                    plan(*shape, "planes")._replace(APART=True),
+                    {**dict.fromkeys(strides, 0), "C": 64, "GC": 64, "SL": 64, "SU": 64, "SAVE": False, "x": None},
                 ),
+                "few warps": describe(line_scan_fwd_kernel, plan(1, 64, 64, 32, 1, 2), {**strides, "SAVE": False}),
                 "backward": describe(line_scan_bwd_kernel, backward, {**strides, "SY": 256, "SYD": 64}),
                 "gradients": gradients(strides),
             }

@@ -33,16 +33,17 @@ def test_the_pass_of_the_gradients_stays_in_registers(loops) -> None:
     assert loops["gradients"]["REG"] <= 96
 
 
-# Five positions of a lane, with x, lam, u and the logits or weights of each on their way to shared memory; in planes no
-# x, for the backward u, dy and weights. Eight channels go to either side: between lanes, or through shared memory
-# where warps share a line, which takes two barriers for each side.
+# Five positions of a lane, two where warps are few, with x, lam, u and the logits or weights of each on their way to
+# shared memory; in planes no x, for the backward u, dy and logits. Eight channels go to either side: between lanes, or
+# through shared memory where warps share a line, which takes two barriers for each side.
 @pytest.mark.parametrize(
     ("kernel", "copies", "exchange", "other", "barriers"),
     [
         ("infer", 20, "STS", "SHFL", 4),
         ("train", 20, "STS", "SHFL", 4),
-        ("planes", 15, "SHFL", "STS", 2),
+        ("planes", 15, "STS", "SHFL", 4),
         ("backward", 15, "STS", "SHFL", 4),
+        ("few warps", 8, "SHFL", "STS", 2),
     ],
 )
 def test_loop_copies_ahead_and_keeps_its_state_in_registers(
