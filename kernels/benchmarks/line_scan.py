@@ -1,7 +1,7 @@
 """Time the line scan: every backend of a device, the reference and the released GSPN-1, against the time of a copy.
 
     python kernels/benchmarks/line_scan.py --device cpu --threads 1 --output kernels/benchmarks/results/cpu.json
-    python kernels/benchmarks/line_scan.py --device cuda --output kernels/benchmarks/results/h100.json [--gspn1 PATH]
+    python kernels/benchmarks/line_scan.py --device cuda --output kernels/benchmarks/results/h200.json [--gspn1 PATH]
 
 A provider is timed on a case only after its result and gradients agree with the fp64 reference; a wrong one ends the
 run. `share_of_floor` is the time in which a copy would move the bytes that the pass must move, over the time taken.
