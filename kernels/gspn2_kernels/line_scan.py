@@ -32,6 +32,8 @@ class _Context(Protocol):
 
     def save_for_backward(self, *tensors: Tensor) -> None: ...
 
+    def set_materialize_grads(self, value: bool) -> None: ...  # noqa: FBT001
+
 
 class Training(NamedTuple):
     """How a backend trains if its backward wants more than the inputs.

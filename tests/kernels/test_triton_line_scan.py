@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gspn2_kernels import backend, line_scan, line_scan_ref, register_backend
 from gspn2_kernels.eager import line_scan_bwd as eager_bwd
@@ -193,6 +194,31 @@ def test_op_trains_with_saved_states(dtype: torch.dtype) -> None:
     y = torch.ops.gspn2.line_scan(*tracked, 2)
     for name, kept, again in zip(NAMES[1:], actual[1:], torch.autograd.grad(y, tracked, dy), strict=True):
         assert torch.equal(kept, again), name
+
+
+class _Zeros(TorchDispatchMode):
+    """Notes the sizes of tensors of zeros that are made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[int] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if "zeros" in str(function):
+            self.made.append(result.numel())
+        return result
+
+
+@pytest.mark.usefixtures("_on_this_device")
+def test_no_gradient_is_made_for_saved_states() -> None:
+    """PyTorch would fill as much memory with zeros as the states take."""
+    inputs, dy = draw((1, 3, 4, 4))
+    tracked = [t.detach().requires_grad_() for t in inputs]
+    y = line_scan(*tracked)
+    with _Zeros() as zeros:
+        torch.autograd.grad(y, tracked, dy)
+    assert zeros.made == []
 
 
 @pytest.mark.usefixtures("_on_this_device")
