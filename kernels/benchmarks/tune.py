@@ -27,6 +27,7 @@ from triton.errors import TritonError
 
 from gspn2_kernels import triton_gated
 from gspn2_kernels import triton_line_scan as kernels
+from gspn2_kernels.memory import shared_memory
 from gspn2_kernels.testing import assert_close
 from gspn2_kernels.tuning import LANES, Plan, plan
 
@@ -34,7 +35,7 @@ Run = Callable[[Plan], tuple[Tensor, ...]]
 
 PASSES = ("infer", "train", "backward", "gated")
 # Which part of the table a pass goes by.
-KERNELS = {"backward": "backward", "gated": "planes"}
+KERNELS = {"infer": "forward", "train": "train", "backward": "backward", "gated": "planes"}
 # A lane holds so many numbers of the state at most: beyond, it spills.
 REGISTERS = 96
 
@@ -68,7 +69,8 @@ def tune(case: Case, name: str, device: torch.device, seconds: float) -> dict[st
     """Time all candidates for one pass over one case, the table's choice first."""
     batch, height, width, channels = case.shape
     itemsize = DTYPES[case.dtype].itemsize
-    table = plan(batch, height, width, channels, 1, itemsize, KERNELS.get(name, "forward"))
+    shared = shared_memory(device)
+    table = plan(batch, height, width, channels, 1, itemsize, KERNELS[name], shared=shared)
     run = runner(case, name, device)
     expected, tried = run(table), []  # of the table's choice, which line_scan.py compares with the reference
     for candidate in candidates(table, case):
@@ -114,6 +116,7 @@ def candidates(table: Plan, case: Case) -> list[Plan]:
         {},
         *({"NS": table.NS + more} for more in (-1, 1, 2)),
         {"AHEAD": not table.AHEAD},
+        {"APART": not table.APART},
         *({"BC": vector} for vector in (table.BC // 2, table.BC * 2)),
         *splits(table, case.lines),
     ]

@@ -1,14 +1,26 @@
 """What the launchers of Triton kernels ask of a tensor's memory, and how they count blocks."""
 
 import math
+from functools import cache
 
 import torch
 from torch import Tensor
+
+from gspn2_kernels.tuning import SHARED
 
 # Bytes that a lane reads at once.
 VECTOR = 16
 # Of an H100: as many programs at least keep it busy.
 MULTIPROCESSORS = 132
+
+
+@cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program may take; as on an H100 where Triton interprets."""
+    if device.type != "cuda":
+        return SHARED
+    properties = torch.cuda.get_device_properties(device)
+    return properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
 
 
 def by_pixel(t: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gspn2_kernels.memory import cdiv
+from gspn2_kernels.memory import cdiv, shared_memory
 from gspn2_kernels.triton_line_scan import scan_forward
 from gspn2_kernels.triton_norm import MOST_PADDING
 from gspn2_kernels.triton_weights import outer_weights
@@ -62,7 +62,8 @@ def gated_scan(
     y = torch.empty(batch, height, width, 4, channels, dtype=latent.dtype, device=latent.device)
     if y.numel() == 0:
         return y
-    chosen = chosen or plan(batch, height, width, channels, groups, latent.element_size(), "planes")
+    shape, shared = (batch, height, width, channels, groups), shared_memory(latent.device)
+    chosen = chosen or plan(*shape, latent.element_size(), "planes", shared=shared)
     chosen = chosen._replace(APART=True)
     lam, u, weights = predict(latent, weight, bias, grid, groups, segment, chosen)
     strides = {"SA": 0, "SAD": 0, "SAG": 0, "SX": 0, "SL": chosen.tile, "SLD": 0, "SU": chosen.tile, "SUD": 0}

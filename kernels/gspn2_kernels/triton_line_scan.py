@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from gspn2_kernels.memory import by_pixel, cdiv, power_of_2
+from gspn2_kernels.memory import by_pixel, cdiv, power_of_2, shared_memory
 from gspn2_kernels.triton_backward import line_scan_bwd_kernel
 from gspn2_kernels.triton_forward import line_scan_fwd_kernel
 from gspn2_kernels.triton_gradients import gradients_kernel
@@ -61,8 +61,7 @@ def _forward(
     y = torch.empty(lam.shape, dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y
-    kernel = "forward" if states is None else "train"
-    chosen = chosen or plan(batch, height, width, channels, logits.shape[4], x.element_size(), kernel)
+    chosen = chosen or _table(x, logits, "forward" if states is None else "train")
     x, lam, u, logits = by_pixel(x), by_pixel(lam), by_pixel(u), _readable(logits, chosen)
     _check_offsets(x, lam, logits, u, y)
     # Triton launches on the current device, which need not be that of x.
@@ -131,7 +130,7 @@ def line_scan_bwd(
     dx, dlam, dlogits, du = (torch.empty(t.shape, dtype=x.dtype, device=x.device) for t in (x, lam, logits, u))
     if lam.numel() == 0:
         return dx.zero_(), dlam, dlogits.zero_(), du
-    chosen = chosen or plan(batch, height, width, channels, logits.shape[4], x.element_size(), "backward")
+    chosen = chosen or _table(x, logits, "backward")
     dy, x, lam, u, logits = by_pixel(dy), by_pixel(x), by_pixel(lam), by_pixel(u), _readable(logits, chosen)
     strides = {**_strides(x, lam, u, logits), "SY": dy.stride(2), "SYD": dy.stride(3)}
     _check_offsets(x, lam, logits, u, dy)
@@ -190,6 +189,10 @@ def empty_states(x: Tensor) -> Tensor:
     batch, height, width, channels = x.shape
     dtype = torch.float16 if _keeps_fp16(x) else torch.float32
     return torch.empty(batch, 4, height * width, channels, dtype=dtype, device=x.device)
+
+
+def _table(x: Tensor, logits: Tensor, kernel: str) -> Plan:
+    return plan(*x.shape, logits.shape[4], x.element_size(), kernel, shared=shared_memory(x.device))
 
 
 def _grid(shape: Sequence[int], chosen: Plan) -> tuple[int, int, int]:

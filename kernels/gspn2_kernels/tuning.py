@@ -7,6 +7,8 @@ from functools import lru_cache
 from typing import NamedTuple
 
 LANES = 32
+# Bytes of shared memory that a program has on an H100.
+SHARED = 227 * 1024
 
 
 class Plan(NamedTuple):
@@ -41,6 +43,12 @@ class Plan(NamedTuple):
     def tile(self) -> int:
         """Channels of a program."""
         return self.CL * self.BC
+
+    def shared(self, itemsize: int) -> int:
+        """Bytes of shared memory that a program takes at most, for numbers of so many bytes."""
+        weights = 8 if self.APART else 4 * itemsize
+        lines = (self.NS - 1) * self.held * self.CL * (3 * self.BC * itemsize + weights)
+        return lines + (4 * LANES * self.WC * self.BC if self.WC > 1 else 0)
 
     def lines_per_launch(self, height: int, width: int) -> int:
         """Lines that every segment can scan before it needs its neighbours' states."""
@@ -141,7 +149,15 @@ RULES = {"forward": FORWARD, "train": TRAIN, "planes": PLANES, "backward": BACKW
 
 @lru_cache(1024)
 def plan(
-    batch: int, height: int, width: int, channels: int, groups: int, itemsize: int, kernel: str = "forward"
+    batch: int,
+    height: int,
+    width: int,
+    channels: int,
+    groups: int,
+    itemsize: int,
+    kernel: str = "forward",
+    *,
+    shared: int = SHARED,
 ) -> Plan:
     """Choose the constants of a kernel for a shape.
 
@@ -153,17 +169,18 @@ def plan(
         groups: G, a divisor of C.
         itemsize: Bytes of a number in memory.
         kernel: "forward", "train" where states are kept, "planes" of a latent's scans, or "backward".
+        shared: Bytes of shared memory that a program may take.
     """
     positions = max(height, width)
     for least, rules in RULES[kernel]:
         rule = next(rule for rule in rules if positions <= rule.positions)
-        chosen = _fit(rule, positions, channels, groups, itemsize)
+        chosen = _fit(rule, positions, channels, groups, itemsize, shared)
         if 4 * batch * chosen.GRID * chosen.WC * -(-channels // chosen.tile) >= least:
             break
     return chosen
 
 
-def _fit(rule: Rule, positions: int, channels: int, groups: int, itemsize: int) -> Plan:
+def _fit(rule: Rule, positions: int, channels: int, groups: int, itemsize: int, shared: int) -> Plan:
     """Fill in what follows from the shape; all channels of a lane belong to one group."""
     group = channels // groups
     vector = max(n for n in (1, 2, 4, 8, 16) if n * itemsize <= max(rule.vector, itemsize) and group % n == 0)
@@ -174,7 +191,7 @@ def _fit(rule: Rule, positions: int, channels: int, groups: int, itemsize: int) 
         segments *= 2
     held = -(-positions // segments) + min(2, segments - 1) * rule.halo
     warps = min(rule.warps, 1 << max(0, -(-held * lanes // LANES) - 1).bit_length())
-    return Plan(
+    chosen = Plan(
         WC=warps,
         GRID=segments,
         CL=lanes,
@@ -184,3 +201,9 @@ def _fit(rule: Rule, positions: int, channels: int, groups: int, itemsize: int) 
         AHEAD=rule.ahead,
         APART=rule.apart,
     )
+    # Where shared memory is smaller, first fewer lines under way, then fewer channels.
+    while chosen.shared(itemsize) > shared and chosen.NS > 2:
+        chosen = chosen._replace(NS=chosen.NS - 1)
+    if chosen.shared(itemsize) > shared and rule.cl > 1:
+        return _fit(rule._replace(cl=rule.cl // 2), positions, channels, groups, itemsize, shared)
+    return chosen

@@ -55,3 +55,4 @@ def test_loop_copies_ahead_and_keeps_its_state_in_registers(
     assert loop["LDGSTS"] == copies
     assert loop[exchange] == 16
     assert loop["BAR"] <= barriers
+    assert loop["room"] >= 0, "more shared memory than the plan tells"

@@ -154,11 +154,13 @@ def test_gradients_of_states_that_fp16_does_not_hold(scale: float, level: float,
 
 @pytest.mark.parametrize("kernel", ["forward", "train", "planes", "backward"])
 @pytest.mark.parametrize("itemsize", [2, 4])
-def test_table_gives_plans_that_cover_the_shape(itemsize: int, kernel: str) -> None:
+@pytest.mark.parametrize("shared", [99 * 1024, 227 * 1024])
+def test_table_gives_plans_that_cover_the_shape(itemsize: int, kernel: str, shared: int) -> None:
+    """Within the shared memory of a processor of compute capability 8.6 or 8.9, and of an H100."""
     channels, positions = (1, 5, 8, 24, 48, 64, 96, 1152), (1, 14, 37, 74, 81, 147, 161, 256, 1024, 4096)
     for batch, c, m in itertools.product((1, 64), channels, positions):
         for groups in {1, c}:
-            chosen = plan(batch, m, 3, c, groups, itemsize, kernel)
+            chosen = plan(batch, m, 3, c, groups, itemsize, kernel, shared=shared)
             held, own, lines = (
                 32 * chosen.WC // chosen.CL * chosen.P,
                 -(-m // chosen.GRID),
@@ -167,6 +169,7 @@ def test_table_gives_plans_that_cover_the_shape(itemsize: int, kernel: str) -> N
             assert own + (min(2, chosen.GRID - 1) * lines if chosen.GRID > 1 else 0) <= held
             assert lines >= (8 if chosen.GRID > 1 else m)
             assert c // groups % chosen.BC == 0
+            assert chosen.shared(itemsize) <= shared
 
 
 @pytest.fixture
