@@ -67,8 +67,9 @@ def bytes_moved(case: Case, name: str) -> int:
     """Count every input read once and every output written once, per pass.
 
     Infer: x C, lam, u and y 4C numbers each, and four logits (three and their padding) a direction. Train: the states
-    too. Backward: the inputs, dy and the states, the gradients of x, lam and u, and the sums behind those of the
-    logits, four in fp32 a direction.
+    too. Backward: the inputs, dy and the states, the gradients of lam and u, a share of that of x for each direction,
+    and the sums behind those of the logits, four in fp32 a direction: what the targets were set by, and what a backward
+    of one pass writes. With every output written once it would be 3 C numbers and 40 bytes (bf16) less, a tenth.
     """
     batch, height, width, channels = case.shape
     itemsize = DTYPES[case.dtype].itemsize

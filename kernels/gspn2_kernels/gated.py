@@ -36,7 +36,7 @@ def gated_scan(
     """Compute `line_scan` of the patches of a latent, with lam, u and logits a linear layer of the source.
 
     The tensors share one dtype (fp64, fp32, fp16 or bf16) and one device; autocast casts them as those of a linear
-    layer. Where no gradients are wanted, kernels make lam, u and logits of the latent itself; lam times the latent is
+    layer. Where no gradients are wanted, kernels make lam, u and weights of the latent itself; lam times the latent is
     rounded to the dtype then, and of fp16 must stay below 65504. Else it is differentiable, but for unwritten tokens.
 
     Args:

@@ -32,6 +32,8 @@ class _Context(Protocol):
 
     def save_for_backward(self, *tensors: Tensor) -> None: ...
 
+    def mark_non_differentiable(self, *outputs: Tensor) -> None: ...
+
     def set_materialize_grads(self, value: bool) -> None: ...  # noqa: FBT001
 
 
@@ -225,7 +227,8 @@ def _save_states(
 ) -> None:
     *tensors, ctx.segment = inputs
     ctx.save_for_backward(*tensors, output[1])
-    # States have no gradient; PyTorch would make one of zeros, as large as they are.
+    ctx.mark_non_differentiable(output[1])
+    # PyTorch would make a gradient of zeros for the states, as large as they are.
     ctx.set_materialize_grads(False)
 
 

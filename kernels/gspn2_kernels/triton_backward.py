@@ -100,7 +100,7 @@ def _advance(
         b_t = b_g[p] + line[4 * p + 3]
         tl.store(p_g + p * C, b_t.to(p_g.dtype.element_ty), mask=within(o_q + p, low, high, GRID))
         b_full = b_full + (b_t,)
-    # What reaches a position from the lanes beside: they weight it, for they hold the weights of their positions...
+    # The lanes beside weight what reaches a position from theirs, for they hold the weights; ends get nothing.
     o_lane = tl.arange(0, WC * 32)[:, None]
     g_after = neighbour(line[0] * b_full[0], False, WC, CL, BC)
     g_before = neighbour(line[4 * P - 2] * b_full[P - 1], True, WC, CL, BC)

@@ -1,10 +1,10 @@
 """The scans of a latent on a GPU by Triton: lam, u and weights come of products of it, written as a scan reads them.
 
 A scan in the order of pixels reads short runs of memory, and those of a row or of a column far apart. Here every number
-has been written by ourselves, so it lies where it is read: in planes, one for each direction and each warp's channels,
-which hold line after line. lam comes times the latent, which no direction then reads.
+has been written by ourselves, so it lies where it is read: in planes, one for each direction and each program's
+channels, which hold line after line. lam comes times the latent, which no direction then reads.
 
-Shapes: B batch, H W grid, R latent channels, G groups, E channels of a warp, T lines of M positions in a direction; a
+Shapes: B batch, H W grid, R latent channels, G groups, E channels of a plane, T lines of M positions in a direction; a
 tile is TH TW pixels by BN numbers, in steps of BK channels. A half is two directions: with rows, or columns, as lines.
 """
 
@@ -64,7 +64,7 @@ def gated_scan(
         return y
     shape, shared = (batch, height, width, channels, groups), shared_memory(latent.device)
     chosen = chosen or plan(*shape, latent.element_size(), "planes", shared=shared)
-    chosen = chosen._replace(APART=True)
+    chosen = chosen._replace(APART=True)  # for the weights are written with the planes
     lam, u, weights = predict(latent, weight, bias, grid, groups, segment, chosen)
     strides = {"SA": 0, "SAD": 0, "SAG": 0, "SX": 0, "SL": chosen.tile, "SLD": 0, "SU": chosen.tile, "SUD": 0}
     scan_forward((None, lam, weights, u), y, None, segment, chosen, {"GC": channels // groups, **strides})

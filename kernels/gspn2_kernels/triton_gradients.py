@@ -14,7 +14,7 @@ import triton.language as tl
 from gspn2_kernels.triton_tiles import complements, weights
 
 
-@triton.jit(do_not_specialize=("H", "W", "segment"))
+@triton.jit(do_not_specialize=("H", "W", "segment", "sab"))
 def gradients_kernel(
     x, lam, logits, dy, states, g, dx, dlam, dlogits, du, H, W, segment, state_scale, sxb, slb, sab, syb,
     C: tl.constexpr, G: tl.constexpr, SX: tl.constexpr, SL: tl.constexpr, SLD: tl.constexpr, SA: tl.constexpr,
@@ -37,7 +37,7 @@ def gradients_kernel(
     p_l, p_du, p_dl = lam + i_b * slb + (pixel * SL)[:, None] + o_c, du + 4 * o_b + o_y, dlam + 4 * o_b + o_y
     o_g, o_k = tl.arange(0, BG)[None, :, None], tl.arange(0, 4)[None, None, :]
     p_a = logits + i_b * sab + (pixel * SA)[:, None, None] + o_g * SAG + o_k
-    p_da = dlogits + o_b * 12 // (C // G) + (pixel * (12 * G))[:, None, None] + o_g * 3 + o_k
+    p_da = dlogits + i_b * (H * W * (12 * G)) + (pixel * (12 * G))[:, None, None] + o_g * 3 + o_k
     b_x = tl.load(x + i_b * sxb + (pixel * SX)[:, None] + o_c, mask=m_c, other=0.0).to(tl.float32)
     b_dx = tl.zeros((TH * TW, BG * BC), tl.float32)
     for i_d in tl.static_range(4):

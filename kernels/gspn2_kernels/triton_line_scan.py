@@ -16,7 +16,8 @@ from gspn2_kernels.triton_gradients import gradients_kernel
 from gspn2_kernels.triton_weights import line_weights
 from gspn2_kernels.tuning import Plan, plan
 
-# Bytes of dx that a program makes, a vector for each of its threads, and its warps.
+# Of the pass of the gradients: bytes of dx that a program makes, a vector for each of its threads, its warps, and most
+# pixels, where channels are few.
 _MADE, _WARPS = 1024, 2
 _PIXELS = 256
 # States of 16-bit inputs are saved in fp16 up to this number of lines; beyond, its rounding would show in the logits'
@@ -91,9 +92,10 @@ def scan_forward(
     """
     batch, height, width, _, channels = y.shape
     shape = (batch, height, width, channels)
-    x = inputs[0]
-    # Those of planes follow from the sizes.
-    by_image = [0, 0, 0, 0] if x is None else [t.stride(0) for t in inputs if t is not None]
+    x, lam, weights, u = inputs
+    # Those of planes and of weights follow from the sizes: none is a new value, and perhaps a compilation, of its own.
+    by_image = [0, 0, 0, 0] if x is None else [t.stride(0) for t in (x, lam, weights, u)]
+    by_image[2] *= not chosen.APART
     scratch = _scratch(shape, chosen, y.device)
     for launch, first, last in _launches(shape, chosen):
         line_scan_fwd_kernel[_grid(shape, chosen)](
@@ -133,7 +135,7 @@ def line_scan_bwd(
     chosen = chosen or _table(x, logits, "backward")
     dy, x, lam, u, logits = by_pixel(dy), by_pixel(x), by_pixel(lam), by_pixel(u), _readable(logits, chosen)
     strides = {**_strides(x, lam, u, logits), "SY": dy.stride(2), "SYD": dy.stride(3)}
-    _check_offsets(x, lam, logits, u, dy)
+    _check_offsets(x, lam, logits, u, dy, dlogits)
     with torch.cuda.device_of(x):
         # A gradient of a state can be far larger or smaller than those of the inputs, and fp16 ends at 65504 and 6e-8.
         dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
@@ -156,7 +158,8 @@ def _scan_backward(
     for launch, first, last in _launches(shape, chosen):
         line_scan_bwd_kernel[_grid(shape, chosen)](
             u, dy, weights, g, scratch, first, last, launch, height, width, segment or height + width, u.stride(0),
-            dy.stride(0), weights.stride(0), C=channels, **constants, **chosen._asdict(), num_warps=chosen.WC,
+            dy.stride(0), 0 if chosen.APART else weights.stride(0), C=channels, **constants, **chosen._asdict(),
+            num_warps=chosen.WC,
         )  # fmt: skip
 
 
@@ -210,9 +213,9 @@ def _launches(shape: Sequence[int], chosen: Plan) -> Iterator[tuple[int, int, in
 def _check_offsets(*tensors: Tensor) -> None:
     """Make sure that 32 bits hold every offset inside an image."""
     for t in tensors:
-        if t.shape[1] * t.stride(1) + math.prod(t.shape[3:]) >= 2**31:
+        if sum((size - 1) * stride for size, stride in zip(t.shape[1:], t.stride()[1:], strict=True)) >= 2**31:
             raise ValueError(
-                f"an image of shape {tuple(t.shape[1:])} has over 2^31 elements; split it, or scan on the CPU"
+                f"an image of shape {tuple(t.shape[1:])} spans over 2^31 elements; split it, or scan on the CPU"
             )
 
 

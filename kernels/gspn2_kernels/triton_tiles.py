@@ -173,10 +173,10 @@ def read_line(
 
 
 @triton.jit
-def weights_of(p_w, i, groups, H, W, T, M, step, group, r_q):
+def weights_of(p_w, i, groups, H, W, T, M, step, group, o_q):
     """Point to the first line of direction i, counted through the images, in a group's weights; see `line_weights`."""
     first = tl.where(step < 0, (T - 1) * M, 0)
-    o_w = (first + r_q)[:, None] * 2 + tl.arange(0, 2)[None, :]
+    o_w = (first + o_q)[:, None] * 2 + tl.arange(0, 2)[None, :]
     return p_w + i * groups * (H * W * 2) + (group * (H * W * 2))[:, None] + o_w
 
 

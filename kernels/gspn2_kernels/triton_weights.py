@@ -22,10 +22,10 @@ _TILE = 16
 
 
 def line_weights(logits: Tensor, segment: int) -> Tensor:
-    """Compute the weights of the lines before and after each position.
+    """Compute the weights of the outer neighbours of each position, those of the line before at its either side.
 
     Args:
-        logits: (B, H, W, 4, G, K), of any strides but that of K, which is 1.
+        logits: (B, H, W, 4, G, K), pixels at equal distances, the stride of K 1.
         segment: Lines after which a scan restarts, or 0.
 
     Returns:
@@ -41,7 +41,7 @@ def line_weights(logits: Tensor, segment: int) -> Tensor:
     return out
 
 
-@triton.jit(do_not_specialize=("H", "W", "segment"))
+@triton.jit(do_not_specialize=("H", "W", "segment", "sab"))
 def weights_kernel(
     logits, out, H, W, segment, sab, SA: tl.constexpr, SAD: tl.constexpr, SAG: tl.constexpr, TILE: tl.constexpr
 ):  # fmt: skip

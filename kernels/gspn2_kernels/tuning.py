@@ -89,61 +89,41 @@ ENDLESS = 1 << 30
 # warps the time goes by the number of steps: lanes that hold less and take them faster pay, as do programs of one warp,
 # which wait for no other.
 Rules = tuple[tuple[int, tuple[Rule, ...]], ...]
-MANY_WARPS = (
-    256,
-    (
-        Rule(16, 0, 0, 8, 16, 2, 4, apart=False),
-        Rule(32, 0, 0, 4, 16, 2, 4, ahead=True),
-        Rule(80, 0, 0, 8, 16, 4, 4, apart=False),
-        Rule(160, 0, 0, 8, 16, 8, 3),
-        Rule(ENDLESS, 64, 32, 8, 16, 8, 4),
-    ),
+# Of grids that the memory must keep up with.
+SHORT, SMALL = Rule(16, 0, 0, 8, 16, 2, 4, apart=False), Rule(32, 0, 0, 4, 16, 2, 4, ahead=True)
+MIDDLE, LARGE, LONG = (
+    Rule(80, 0, 0, 8, 16, 4, 4, apart=False),
+    Rule(160, 0, 0, 8, 16, 8, 3),
+    Rule(ENDLESS, 64, 32, 8, 16, 8, 4),
 )
-SOME_WARPS = (
-    64,
-    (
-        Rule(64, 0, 0, 2, 16, 4, 4, ahead=True),
-        Rule(256, 32, 16, 1, 16, 1, 4, ahead=True),
-        Rule(ENDLESS, 16, 24, 1, 16, 1, 4, ahead=True),
-    ),
+# Of single images.
+HALVES, QUARTERS = Rule(64, 0, 0, 2, 16, 4, 4, ahead=True), Rule(256, 32, 16, 1, 16, 1, 4, ahead=True)
+LONG_OF_FEW, LONG_OF_SOME = (
+    Rule(ENDLESS, 32, 16, 1, 8, 1, 4, ahead=True),
+    Rule(ENDLESS, 16, 24, 1, 16, 1, 4, ahead=True),
 )
-FEW_WARPS = (0, (Rule(128, 0, 0, 1, 8, 1, 4, ahead=True), Rule(ENDLESS, 32, 16, 1, 8, 1, 4, ahead=True)))
 FORWARD: Rules = (
-    MANY_WARPS,
-    (64, (*SOME_WARPS[1][:2], Rule(ENDLESS, 32, 48, 1, 8, 4, 4, ahead=True))),
-    (0, (Rule(128, 0, 0, 1, 16, 1, 4, ahead=True), FEW_WARPS[1][1])),
+    (256, (SHORT, SMALL, MIDDLE, LARGE, LONG)),
+    (64, (HALVES, QUARTERS, Rule(ENDLESS, 32, 48, 1, 8, 4, 4, ahead=True))),
+    (0, (Rule(128, 0, 0, 1, 16, 1, 4, ahead=True), LONG_OF_FEW)),
+)
+BACKWARD: Rules = (
+    (256, (SHORT, SMALL, MIDDLE, LARGE, LONG)),
+    (64, (HALVES, QUARTERS, LONG_OF_SOME)),
+    (0, (Rule(128, 0, 0, 1, 8, 1, 4, ahead=True), LONG_OF_FEW)),
 )
 # A forward that keeps states writes more, and is as fast with fewer lines under way.
 TRAIN: Rules = (
-    (
-        256,
-        (Rule(16, 0, 0, 8, 16, 4, 5, apart=False), MANY_WARPS[1][1], Rule(80, 0, 0, 8, 16, 4, 3), *MANY_WARPS[1][3:]),
-    ),
-    SOME_WARPS,
-    FEW_WARPS,
+    (256, (Rule(16, 0, 0, 8, 16, 4, 5, apart=False), SMALL, Rule(80, 0, 0, 8, 16, 4, 3), LARGE, LONG)),
+    *BACKWARD[1:],
 )
 # Of planes a lane reads runs of memory whichever channels it has, so that warps may share lines of few channels.
+SHARED_LINES = (Rule(128, 0, 0, 2, 8, 4, 4, ahead=True), Rule(256, 0, 0, 2, 8, 8, 4, ahead=True))
 PLANES: Rules = (
-    MANY_WARPS,
-    (
-        64,
-        (
-            Rule(64, 0, 0, 2, 16, 4, 4, ahead=True),
-            Rule(128, 0, 0, 2, 8, 4, 4, ahead=True),
-            Rule(256, 0, 0, 2, 8, 8, 4, ahead=True),
-            Rule(ENDLESS, 16, 24, 1, 16, 1, 4, ahead=True),
-        ),
-    ),
-    (
-        0,
-        (
-            Rule(128, 0, 0, 2, 8, 4, 4, ahead=True),
-            Rule(256, 0, 0, 2, 8, 8, 4, ahead=True),
-            FEW_WARPS[1][1],
-        ),
-    ),
+    (256, (SHORT, SMALL, MIDDLE, LARGE, LONG)),
+    (64, (HALVES, *SHARED_LINES, LONG_OF_SOME)),
+    (0, (*SHARED_LINES, LONG_OF_FEW)),
 )
-BACKWARD: Rules = (MANY_WARPS, SOME_WARPS, FEW_WARPS)
 RULES = {"forward": FORWARD, "train": TRAIN, "planes": PLANES, "backward": BACKWARD}
 
 

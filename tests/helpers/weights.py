@@ -7,7 +7,7 @@ from gspn2_kernels.reference import neighbour_weights
 
 
 def outer_weights(logits: Tensor, segment: int) -> Tensor:
-    """Weights of the lines before and after each position, of logits (B, H, W, 4, G, 3): (B, 4, G, T M, 2)."""
+    """Weights of the outer neighbours of each position, of logits (B, H, W, 4, G, 3): (B, 4, G, T M, 2)."""
     directions = []
     for d in range(4):
         lines = logits[:, :, :, d] if d < 2 else logits[:, :, :, d].transpose(1, 2)
