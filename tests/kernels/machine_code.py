@@ -82,7 +82,7 @@ def describe(kernel: triton.JITFunction, chosen: Plan, strides: dict[str, int]) 
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(kernel.arg_names)
-        if signature[name].startswith("*") or name in BATCH_STRIDES
+        if signature[name].startswith("*") or (name in BATCH_STRIDES and name not in kernel.do_not_specialize)
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": chosen.WC})
