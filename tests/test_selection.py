@@ -272,14 +272,15 @@ def choose_with_others(folder, what, rank):
 
     if rank:
         selection.measure = disturbed
-    store = CheckpointStore(folder, {})
-    selector = Selector(teacher, Auto(count=2), make_accelerator("cpu"), store, Progress(quiet=True))
+    store, accelerator = CheckpointStore(folder, {}), make_accelerator("cpu")
+    selector = Selector(teacher, Auto(count=2), accelerator, store, Progress(quiet=True))
     try:
         selector.run("fit", student, HeldOut(teacher, [torch.randn(6, 3, 32, 32)]))
         found = store.notes["selection"]
     except Interrupted as stopped:
         found = f"stopped after {stopped.step} of {stopped.steps}"
     (folder / str(rank)).write_text(json.dumps(found))
+    accelerator.end_training()  # threads of a process group that is left to the end of a process may abort it
 
 
 if __name__ == "__main__":
