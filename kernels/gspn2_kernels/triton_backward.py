@@ -48,10 +48,9 @@ def line_scan_bwd_kernel(
     p_y = dy + i_b * syb + i_d * SYD + (o_pixel * SY)[:, None] + o_v
     # From the last line on.
     w_step = tl.where(step < 0, M, -M)
-    if APART:
-        p_w = weights_of(weights, i_b * 4 + i_d, C // GC, H, W, T, M, -step, o_c // GC, o_q)
-    else:
-        p_w = weights + i_b * sab + i_d * SAD + (o_pixel * SA + o_c // GC * SAG)[:, None] + tl.arange(0, 4)[None, :]
+    p_w = weights_of(
+        weights, i_b, i_d, sab, H, W, T, M, -step, o_q, o_c, o_pixel, C, GC, SA, SAD, SAG, APART,
+    )  # fmt: skip
     p_g = g + (i_b * 4 + i_d) * (H * W * C) + (o_q * C + o_c)[:, None] + tl.arange(0, BC)[None, :]
     p_h = handed_on(scratch, i_b * 4 + i_d, H, W, GRID, CL, BC)
     b_g = zeros(WC, BC, P)

@@ -46,10 +46,9 @@ def line_scan_fwd_kernel(
     low = tl.program_id(0) % GRID * own
     o_v, o_pixel = o_c[:, None] + tl.arange(0, BC)[None, :], start + o_q * across
     w_step = tl.where(step < 0, -M, M)
-    if APART:
-        p_w = weights_of(weights, i_b * 4 + i_d, C // GC, H, W, T, M, step, o_c // GC, o_q)
-    else:
-        p_w = weights + i_b * sab + i_d * SAD + (o_pixel * SA + o_c // GC * SAG)[:, None] + tl.arange(0, 4)[None, :]
+    p_w = weights_of(
+        weights, i_b, i_d, sab, H, W, T, M, step, o_q, o_c, o_pixel, C, GC, SA, SAD, SAG, APART,
+    )  # fmt: skip
     if x is None:
         p_x, steps = x, (w_step, 1)
         p_l, p_u = _planes(lam, u, i_b * 4 + i_d, H, W, T, M, step, o_q, o_c, GRID, CL, BC)
@@ -91,9 +90,8 @@ def _planes(
 def _lines(
     b_h, first, last, segment, state_scale, step, across, steps, w_step, M, p_x, p_l, p_u, p_w, p_y, p_s, p_h, buffer,
     origin, o_q, low, high, C: tl.constexpr, SX: tl.constexpr, SL: tl.constexpr, SU: tl.constexpr, SA: tl.constexpr,
-    SAVE: tl.constexpr,
-    WC: tl.constexpr, GRID: tl.constexpr, CL: tl.constexpr, BC: tl.constexpr,
-    P: tl.constexpr, NS: tl.constexpr, AHEAD: tl.constexpr, APART: tl.constexpr,
+    SAVE: tl.constexpr, WC: tl.constexpr, GRID: tl.constexpr, CL: tl.constexpr, BC: tl.constexpr, P: tl.constexpr,
+    NS: tl.constexpr, AHEAD: tl.constexpr, APART: tl.constexpr,
 ):  # fmt: skip
     """Scan lines for which a segment needs nothing from its neighbours."""
     if AHEAD:

@@ -21,6 +21,7 @@ from torch import Tensor
 from gspn2_kernels.memory import cdiv, shared_memory
 from gspn2_kernels.triton_line_scan import scan_forward
 from gspn2_kernels.triton_norm import MOST_PADDING
+from gspn2_kernels.triton_tiles import repeated
 from gspn2_kernels.triton_weights import outer_weights
 from gspn2_kernels.tuning import Plan as ScanPlan
 from gspn2_kernels.tuning import plan
@@ -181,8 +182,7 @@ def _weights_of_planes(b_a, i_d, row, column, H, W, segment, pixels: tl.constexp
     """Normalise four logits of each plane (pixels, 4 planes), the last of them padding: (pixels, planes, 2)."""
     rows: tl.constexpr = pixels * planes
     i_d = tl.reshape(tl.broadcast_to(i_d[None, :], (pixels, planes)), (rows,))
-    row = tl.reshape(tl.broadcast_to(row[:, None], (pixels, planes)), (rows,))
-    column = tl.reshape(tl.broadcast_to(column[:, None], (pixels, planes)), (rows,))
+    row, column = repeated(row, pixels, planes), repeated(column, pixels, planes)
     b_w = outer_weights(tl.reshape(b_a, (rows, 4)), i_d, row, column, H, W, segment, rows)
     return tl.reshape(b_w, (pixels, planes, 2))
 

@@ -11,7 +11,7 @@ and L and R make the gradients of the logits.
 import triton
 import triton.language as tl
 
-from gspn2_kernels.triton_tiles import complements, weights
+from gspn2_kernels.triton_tiles import complements, repeated, weights
 
 
 @triton.jit(do_not_specialize=("H", "W", "segment", "sab"))
@@ -88,9 +88,8 @@ def _logit_gradients(b_l, b_r, b_a, q, M, inner, rows: tl.constexpr, BG: tl.cons
     The weights sum to 1, so dw_k counts only against dw_1: L for k = 0, R for k = 2.
     """
     b_a, b_l, b_r = tl.reshape(b_a, (rows * BG, 4)), tl.reshape(b_l, (rows * BG,)), tl.reshape(b_r, (rows * BG,))
-    first = tl.reshape(tl.broadcast_to((q == 0)[:, None], (rows, BG)), (rows * BG,))
-    last = tl.reshape(tl.broadcast_to((q == M - 1)[:, None], (rows, BG)), (rows * BG,))
-    keep = tl.reshape(tl.broadcast_to(tl.where(inner, 1.0, 0.0)[:, None], (rows, BG)), (rows * BG,))
+    first, last = repeated(q == 0, rows, BG), repeated(q == M - 1, rows, BG)
+    keep = repeated(tl.where(inner, 1.0, 0.0), rows, BG)
     w0, w1, w2 = weights(b_a, first, last, keep, rows * BG)
     s0, s1, s2 = complements(b_a, first, last, rows * BG)
     b_t = w0 * b_l + w2 * b_r

@@ -93,9 +93,9 @@ def scan_forward(
     batch, height, width, _, channels = y.shape
     shape = (batch, height, width, channels)
     x, lam, weights, u = inputs
-    # Those of planes and of weights follow from the sizes: none is a new value, and perhaps a compilation, of its own.
-    by_image = [0, 0, 0, 0] if x is None else [t.stride(0) for t in (x, lam, weights, u)]
-    by_image[2] *= not chosen.APART
+    # Those of planes follow from the sizes.
+    by_image = [0, 0, 0] if x is None else [t.stride(0) for t in (x, lam, u)]
+    by_image.insert(2, _between_images(weights, chosen))
     scratch = _scratch(shape, chosen, y.device)
     for launch, first, last in _launches(shape, chosen):
         line_scan_fwd_kernel[_grid(shape, chosen)](
@@ -158,7 +158,7 @@ def _scan_backward(
     for launch, first, last in _launches(shape, chosen):
         line_scan_bwd_kernel[_grid(shape, chosen)](
             u, dy, weights, g, scratch, first, last, launch, height, width, segment or height + width, u.stride(0),
-            dy.stride(0), 0 if chosen.APART else weights.stride(0), C=channels, **constants, **chosen._asdict(),
+            dy.stride(0), _between_images(weights, chosen), C=channels, **constants, **chosen._asdict(),
             num_warps=chosen.WC,
         )  # fmt: skip
 
@@ -217,6 +217,11 @@ def _check_offsets(*tensors: Tensor) -> None:
             raise ValueError(
                 f"an image of shape {tuple(t.shape[1:])} spans over 2^31 elements; split it, or scan on the CPU"
             )
+
+
+def _between_images(weights: Tensor, chosen: Plan) -> int:
+    """Tell the batch stride of logits; that of weights follows from the sizes, and is not to compile a kernel anew."""
+    return 0 if chosen.APART else weights.stride(0)
 
 
 def _strides(x: Tensor, lam: Tensor, u: Tensor, logits: Tensor) -> dict[str, int]:

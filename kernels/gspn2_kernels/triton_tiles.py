@@ -88,6 +88,12 @@ def complements(b_a, first, last, rows: tl.constexpr):
 
 
 @triton.jit
+def repeated(b_v, rows: tl.constexpr, times: tl.constexpr):
+    """Repeat each of a number of rows so many times, one after the other."""
+    return tl.reshape(tl.broadcast_to(b_v[:, None], (rows, times)), (rows * times,))
+
+
+@triton.jit
 def neighbour(b_v, before: tl.constexpr, WC: tl.constexpr, CL: tl.constexpr, BC: tl.constexpr):
     """Take what the lanes hold that have the positions before or after, clamped at the ends."""
     lane = tl.arange(0, WC * 32)
@@ -173,11 +179,21 @@ def read_line(
 
 
 @triton.jit
-def weights_of(p_w, i, groups, H, W, T, M, step, group, o_q):
-    """Point to the first line of direction i, counted through the images, in a group's weights; see `line_weights`."""
-    first = tl.where(step < 0, (T - 1) * M, 0)
-    o_w = (first + o_q)[:, None] * 2 + tl.arange(0, 2)[None, :]
-    return p_w + i * groups * (H * W * 2) + (group * (H * W * 2))[:, None] + o_w
+def weights_of(
+    p_w, i_b, i_d, sab, H, W, T, M, step, o_q, o_c, o_pixel, C: tl.constexpr, GC: tl.constexpr, SA: tl.constexpr,
+    SAD: tl.constexpr, SAG: tl.constexpr, APART: tl.constexpr,
+):  # fmt: skip
+    """Point to the logits of each lane in the line of o_pixel, or with APART to its weights; see `line_weights`.
+
+    A scan that takes lines by negative steps begins with the last of memory.
+    """
+    group = o_c // GC
+    if APART:
+        first = tl.where(step < 0, (T - 1) * M, 0)
+        o_w = (first + o_q)[:, None] * 2 + tl.arange(0, 2)[None, :]
+        return p_w + (i_b * 4 + i_d) * (C // GC) * (H * W * 2) + (group * (H * W * 2))[:, None] + o_w
+    else:
+        return p_w + i_b * sab + i_d * SAD + (o_pixel * SA + group * SAG)[:, None] + tl.arange(0, 4)[None, :]
 
 
 @triton.jit

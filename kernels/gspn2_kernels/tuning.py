@@ -97,19 +97,19 @@ MIDDLE, LARGE, LONG = (
     Rule(ENDLESS, 64, 32, 8, 16, 8, 4),
 )
 # Of single images.
-HALVES, QUARTERS = Rule(64, 0, 0, 2, 16, 4, 4, ahead=True), Rule(256, 32, 16, 1, 16, 1, 4, ahead=True)
+SMALL_OF_SOME, LARGE_OF_SOME = Rule(64, 0, 0, 2, 16, 4, 4, ahead=True), Rule(256, 32, 16, 1, 16, 1, 4, ahead=True)
 LONG_OF_FEW, LONG_OF_SOME = (
     Rule(ENDLESS, 32, 16, 1, 8, 1, 4, ahead=True),
     Rule(ENDLESS, 16, 24, 1, 16, 1, 4, ahead=True),
 )
 FORWARD: Rules = (
     (256, (SHORT, SMALL, MIDDLE, LARGE, LONG)),
-    (64, (HALVES, QUARTERS, Rule(ENDLESS, 32, 48, 1, 8, 4, 4, ahead=True))),
+    (64, (SMALL_OF_SOME, LARGE_OF_SOME, Rule(ENDLESS, 32, 48, 1, 8, 4, 4, ahead=True))),
     (0, (Rule(128, 0, 0, 1, 16, 1, 4, ahead=True), LONG_OF_FEW)),
 )
 BACKWARD: Rules = (
     (256, (SHORT, SMALL, MIDDLE, LARGE, LONG)),
-    (64, (HALVES, QUARTERS, LONG_OF_SOME)),
+    (64, (SMALL_OF_SOME, LARGE_OF_SOME, LONG_OF_SOME)),
     (0, (Rule(128, 0, 0, 1, 8, 1, 4, ahead=True), LONG_OF_FEW)),
 )
 # A forward that keeps states writes more, and is as fast with fewer lines under way.
@@ -121,7 +121,7 @@ TRAIN: Rules = (
 SHARED_LINES = (Rule(128, 0, 0, 2, 8, 4, 4, ahead=True), Rule(256, 0, 0, 2, 8, 8, 4, ahead=True))
 PLANES: Rules = (
     (256, (SHORT, SMALL, MIDDLE, LARGE, LONG)),
-    (64, (HALVES, *SHARED_LINES, LONG_OF_SOME)),
+    (64, (SMALL_OF_SOME, *SHARED_LINES, LONG_OF_SOME)),
     (0, (*SHARED_LINES, LONG_OF_FEW)),
 )
 RULES = {"forward": FORWARD, "train": TRAIN, "planes": PLANES, "backward": BACKWARD}

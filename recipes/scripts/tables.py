@@ -79,21 +79,18 @@ def dinov2_probes(found: Document) -> list[str]:
 def dinov2_large(found: Document) -> list[str]:
     """What students of more seeds keep, and those of one after they are taken on to larger images; two sentences."""
     second, third, after = ([found[f"{row}{end}"] for row in LARGE_ROWS] for end in ("-1", "-2", "_518-1"))
-    small, smaller, large, tokens = (
-        " and ".join(f"{row['evaluation'][key]['mean']:.3f}" for row in rows)
-        for rows, key in (
-            (second, "patch_cosine"),
-            (third, "patch_cosine"),
-            (after, "patch_cosine"),
-            (after, "prefix_cosine"),
-        )
-    )
+    small, smaller, large = (means(rows, "patch_cosine") for rows in (second, third, after))
     minutes = " and ".join(f"{row['minutes']:.1f}" for row in after)
     return [
         f"By a second and a third seed the last two columns have patch cosines of {small}, and of {smaller}. The second"
         f" ones, taken on to 518 px by the recipe `hires` in {minutes} minutes more, have {large} to the teacher there"
-        f" (class token {tokens})."
+        f" (class token {means(after, 'prefix_cosine')})."
     ]
+
+
+def means(rows: list[Document], cosine: str) -> str:
+    """Means of a cosine as text."""
+    return " and ".join(f"{row['evaluation'][cosine]['mean']:.3f}" for row in rows)
 
 
 def mean_and_tail(cosine: dict[str, float]) -> str:

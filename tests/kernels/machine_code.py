@@ -67,7 +67,7 @@ def shared_bytes() -> dict[int, int]:
 
 def gradients(strides: dict[str, int]) -> dict[str, int]:
     """Compile the pass that makes the gradients, 8 pixels of 64 channels a program."""
-    tile = {"G": 1, "TH": 2, "TW": 4, "BG": 1, "SY": 256, "SYD": 64, "SA": 16, "SAD": 4, "SAG": 4}
+    tile = {"G": 1, "TH": 2, "TW": 4, "BG": 1, "SY": 256, "SYD": 64}
     return describe(gradients_kernel, Plan(WC=2, GRID=1, CL=1, BC=64, P=1, NS=1), {**strides, **tile})
 
 
