@@ -9,9 +9,7 @@ Shape letters: B batch, C channels, H W image size.
 
 import itertools
 import logging
-import signal
 from collections.abc import Iterable, Iterator, Sequence
-from types import FrameType
 from typing import Any, cast
 
 import torch
@@ -20,6 +18,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from gspn2convert.errors import UserError
 from gspn2convert.images import ImageSet, open_images
+from gspn2convert.interrupt import held_back, leave_to_the_parent
 from gspn2convert.recipe import Augment, Recipe
 from gspn2convert.stream import Row, Stream, ahead
 from gspn2convert.views import Views, collate, generator, make_transform
@@ -221,28 +220,25 @@ def _shuffled(stream: Stream, first: int, seed: int, start: int) -> Iterator[tup
 
 def load(views: Views, order: Iterable[Keys] | Iterable[Rows], workers: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Yield pixels (B, C, H, W), labels and aspects (B,) of the batches in `order`, counting what cannot be read."""
+    # The loader asks for this many as it starts its workers, deaf to Ctrl-C; a stream may take long to tell them.
+    rest: Iterator[Any] = iter(order)
+    first = list(itertools.islice(rest, 2 * workers))
     loader = DataLoader(
         views,
-        batch_sampler=cast(Sampler[list[Any]], order),  # any iterable will do
+        batch_sampler=cast(Sampler[list[Any]], itertools.chain(first, rest)),  # any iterable will do
         num_workers=workers,
         collate_fn=collate,
         generator=torch.Generator(),  # else the loader draws a number from the global one
-        worker_init_fn=_leave_interrupts_to_the_parent,
+        worker_init_fn=leave_to_the_parent,
     )
     tally = views.images.tally
-    for pixels, labels, aspects, asked in loader:
+    for pixels, labels, aspects, asked in _started(loader):
         for index, problem in asked:
             tally.add(index, problem)
         tally.check(hopeless=pixels is None)
         yield pixels, labels, aspects
 
 
-def _leave_interrupts_to_the_parent(worker: int) -> None:
-    """Ignore Ctrl-C and a first SIGTERM in a worker: both may be sent to all processes, and the parent ends its own."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _hear_the_next)
-
-
-def _hear_the_next(number: int, frame: FrameType | None) -> None:
-    # A second one is the parent's, for a worker that hangs.
-    signal.signal(number, signal.SIG_DFL)
+def _started(loader: DataLoader[Any]) -> Iterator[Any]:
+    with held_back():
+        return iter(loader)

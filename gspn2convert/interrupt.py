@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
+from collections.abc import Iterator
 from types import FrameType, TracebackType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -58,3 +60,29 @@ class StopWish:
         while self._previous:
             number, handler = self._previous.popitem()
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def held_back() -> Iterator[None]:
+    """Hold Ctrl-C and SIGTERM back inside a `with`, so that a process started there meets none before it is ready."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def leave_to_the_parent(worker: int) -> None:
+    """Ignore Ctrl-C and a first SIGTERM in a worker: both may be sent to all processes, and the parent ends its own.
+
+    Args:
+        worker: its number, which a data loader tells.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _hear_the_next)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
+def _hear_the_next(number: int, frame: FrameType | None) -> None:
+    # A second one is the parent's, for a worker that hangs.
+    signal.signal(number, signal.SIG_DFL)
