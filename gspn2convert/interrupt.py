@@ -31,7 +31,8 @@ class Interrupted(Exception):
 class StopWish:
     """Notes the first Ctrl-C or SIGTERM inside a `with` block; a second one acts as it did before the block.
 
-    Only the main thread can receive signals; in any other the wish never comes.
+    Only the main thread can receive signals; in any other the wish never comes. One that was ignored stays so: shells
+    keep from their background jobs the Ctrl-C that is meant for another.
 
     Attributes:
         made: whether a signal has come.
@@ -45,7 +46,8 @@ class StopWish:
         """Begin to listen."""
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
-                self._previous[number] = signal.signal(number, self._note)
+                if signal.getsignal(number) != signal.SIG_IGN:
+                    self._previous[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:

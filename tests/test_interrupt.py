@@ -1,4 +1,4 @@
-"""Signals that come to the workers of a data loader."""
+"""Signals: those that are ignored, and those that come to the workers of a data loader."""
 
 import os
 import signal
@@ -8,8 +8,23 @@ import torch
 from torch.utils.data._utils import signal_handling
 
 from gspn2convert.data import open_images
-from gspn2convert.interrupt import SIGNALS
+from gspn2convert.interrupt import SIGNALS, StopWish
 from helpers.pictures import MakeFolder, train
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_signal_that_was_ignored_stays_so(number: signal.Signals, ignored: bool) -> None:
+    before = signal.getsignal(number)
+    if ignored:
+        signal.signal(number, signal.SIG_IGN)
+    try:
+        with StopWish() as stop:
+            signal.raise_signal(number)
+            assert stop.made != ignored
+        assert (signal.getsignal(number) == signal.SIG_IGN) == ignored
+    finally:
+        signal.signal(number, before)
 
 
 @pytest.mark.parametrize("number", SIGNALS)
