@@ -27,6 +27,15 @@ def models(found: Document) -> list[str]:
     return grid((head, *columns), [*rows, ("speed", *(f"{one['speedup']:.2f}x" for one in sizes))])
 
 
+def summary_speed(found: Document) -> list[str]:
+    """How many times as fast a student is as its teacher; one sentence."""
+    *figures, last = (f"{one['speedup']:.2f} ({one['height']} px)" for one in found["sizes"])
+    return [
+        f"**Speed.** A ViT-B/16 whose blocks all use scans is {', '.join(figures)} and {last} times as fast as its"
+        f" teacher, in PyTorch and {found['dtype']} on one {found['environment']['device']}."
+    ]
+
+
 def models_regions(found: Document) -> list[str]:
     """The same of a student whose mixers read regions; one sentence."""
     sizes = found["sizes"]
@@ -35,8 +44,8 @@ def models_regions(found: Document) -> list[str]:
         for one in sizes
     ]
     return [
-        f"With `regions: {found['regions']}` and the code of {found['environment']['commit'][:7]} the student takes"
-        f" {', '.join(figures)}."
+        f"The same student with `regions: {found['regions']}` (measured with commit"
+        f" {found['environment']['commit'][:7]}) takes {', '.join(figures)}."
     ]
 
 
@@ -46,10 +55,10 @@ def sublayers(found: Document) -> list[str]:
     ratios = [f"{a['ms'] / m['ms']:.1f} times at {a['height']}x{a['width']}" for a, m in pairs]
     mixer = pairs[0][1]
     return [
-        f"The sub-layer alone, from norm to residual, {mixer['batch']} images of C = {mixer['channels']}, R ="
-        f" {mixer['proxy']} ({found['device']}): {' and '.join(ratios)} patches as fast as"
-        f" cuDNN's attention. These are CUDA graphs: launched from Python, {mixer['eager_ms']:.2f} ms at"
-        f" {mixer['height']}x{mixer['width']} instead of {mixer['ms']:.2f}.",
+        f"The mixer's sub-layer alone, from norm to residual, is {' and '.join(ratios)} patches as fast as that of"
+        f" cuDNN's attention ({mixer['batch']} images, C = {mixer['channels']}, R = {mixer['proxy']},"
+        f" {found['device']}). Both run as CUDA graphs; launched from Python, the mixer takes"
+        f" {mixer['eager_ms']:.2f} ms instead of {mixer['ms']:.2f} at {mixer['height']}x{mixer['width']}.",
     ]
 
 
@@ -58,7 +67,7 @@ def memory(found: Document) -> list[str]:
     ((attention, mixer),) = _pairs(found, "memory")
     share = mixer["activation_bytes"] / attention["activation_bytes"]
     case = f"{mixer['batch']} images of {mixer['height']}x{mixer['width']} patches and C = {mixer['channels']}"
-    return [f"In training, with {case}, it keeps {share:.0%} of the bytes."]
+    return [f"In training this sub-layer stores {share:.0%} of the bytes that attention's stores ({case})."]
 
 
 def _pairs(found: Document, what: str) -> list[tuple[Document, Document]]:
@@ -77,8 +86,8 @@ def scaling(found: Document) -> list[str]:
     }
     side = max(one["side"] for one in found["rows"])
     return [
-        f"One image, 64x64 to {side}x{side} patches: time stays within {off['student']:.1%} of a straight line for the"
-        f" student, and within {off['line scan']:.1%} for a scan alone."
+        f"Time grows almost linearly from 64x64 to {side}x{side} patches (one image): it stays within"
+        f" {off['student']:.1%} of a straight line for the student, and within {off['line scan']:.1%} for a scan alone."
     ]
 
 
