@@ -12,10 +12,10 @@ from typing import Any, cast
 import safetensors.torch
 import timm
 from timm.models import VisionTransformer
-from timm.models._hub import load_model_config_from_path
 
 import gspn2convert
 from gspn2convert.block import GspnBlock
+from gspn2convert.config import read_config
 from gspn2convert.errors import UserError, is_disk_full
 from gspn2convert.model import Gspn2Vit
 from gspn2convert.unfinished import how_to_go_on, is_unfinished
@@ -155,14 +155,13 @@ def load(folder: str | Path, **kwargs: Any) -> Gspn2Vit:
         raise UserError(how_to_go_on(folder))
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} has no config.json; give a folder that gspn2convert distill wrote")
-    try:
-        cfg, architecture, arguments = load_model_config_from_path(folder)
-    except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
-        raise UserError(f"{folder / 'config.json'} cannot be read ({error!r}); convert the teacher again") from error
+    cfg, architecture, arguments = read_config(folder)
     if architecture != GSPN2_VIT:
         raise UserError(f"{folder} holds a {architecture}, which is not converted; run gspn2convert distill on it")
     weights = folder_weights(folder)
     try:
+        if arguments.get("base", "") is None:
+            raise TypeError("base is null")  # timm would take the default
         saved = timm.create_model(GSPN2_VIT, pretrained_cfg=cfg, **arguments, device="meta")
     except UserError:
         raise

@@ -84,7 +84,7 @@ class CheckpointStore:
         if theirs != self.identity:
             differing = sorted(k for k in {*theirs, *self.identity} if theirs.get(k) != self.identity.get(k))
             raise UserError(
-                f"{self.path}: this run was started with another {', '.join(differing)}; "
+                f"{self.path}: this run was started with different {', '.join(differing)}; "
                 "resume with what it was started with, or choose another output folder"
                 f"{tell_differences(theirs, self.identity)}"
             )

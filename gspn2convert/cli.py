@@ -3,6 +3,8 @@
 Exit codes: 0 done, 1 failed or interrupted, 2 wrong use or unusable input.
 """
 
+import contextlib
+import io
 import logging
 import os
 import sys
@@ -14,7 +16,7 @@ import click
 
 from gspn2convert.commands import bench, build_ops, demo, describe, distill, doctor, evaluate, export, recipes, run
 from gspn2convert.commands.report import write_json
-from gspn2convert.errors import UserError, is_disk_full
+from gspn2convert.errors import UserError, is_disk_full, is_out_of_memory
 from gspn2convert.interrupt import Interrupted
 
 FAILED, WRONG_USE = 1, 2
@@ -27,6 +29,9 @@ class Program(click.Group):
         """Run the command line and leave the interpreter with its exit code."""
         arguments = list(sys.argv[1:] if args is None else args) or ["--help"]
         extra |= {"standalone_mode": False, "prog_name": "gspn2convert"}
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")  # for names of files that a terminal cannot show
         _start_logging(debug="--debug" in arguments)
         try:
             code = super().main(arguments, **extra)
@@ -51,7 +56,11 @@ def explain(error: BaseException) -> tuple[int, str]:
     if isinstance(error, OSError) and is_disk_full(error):
         where = f" at {error.filename}" if error.filename else ""
         return WRONG_USE, f"disk full{where}: make room, then run the same command again"
-    return FAILED, f"{type(error).__name__}: {error} (internal; --debug shows the traceback)"
+    # PyTorch's errors go on with a list of calls in C++.
+    what, *_ = str(error).split("\nException raised from")
+    if is_out_of_memory(error):
+        return WRONG_USE, f"out of memory: take smaller images or fewer at a time ({what or type(error).__name__})"
+    return FAILED, f"{type(error).__name__}: {what} (internal; --debug shows the traceback)"
 
 
 def _report(error: BaseException, arguments: Sequence[str]) -> int:
@@ -59,10 +68,16 @@ def _report(error: BaseException, arguments: Sequence[str]) -> int:
     line = " ".join(message.split())
     if "--debug" in arguments:
         traceback.print_exception(error)
-    if "--json" in arguments:
-        write_json({"error": line})
+    if "--json" in arguments and _is_first_process():
+        with contextlib.suppress(OSError):  # which stdout may be what failed
+            write_json({"error": line})
     click.echo(f"error: {line}", err=True)
     return code
+
+
+def _is_first_process() -> bool:
+    """Of what all processes of a run do alike, the first one tells; torchrun and `accelerate launch` number them."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 class _ToStderr(logging.Handler):
@@ -76,8 +91,7 @@ def _start_logging(*, debug: bool) -> None:
     handler = _ToStderr()
     handler.setFormatter(logging.Formatter("%(message)s"))
     level = logging.DEBUG if debug else logging.INFO
-    # torchrun and `accelerate launch` number a run's processes so. Of what all of them do alike, the first one tells.
-    if os.environ.get("RANK", "0") != "0":
+    if not _is_first_process():
         level = logging.WARNING
     for name in ("gspn2convert", "gspn2_kernels"):
         logger = logging.getLogger(name)

@@ -85,7 +85,7 @@ def _number_held_out(count: int, held_out: int) -> int:
         raise UserError(f"the data hold {count} image; at least 2 are needed, one to train on and one held out")
     wanted = max(1, min(held_out, count // 5))
     if wanted < held_out:
-        _log.warning("%d images are held out instead of %d, a fifth of the %d there are", wanted, held_out, count)
+        _log.warning("%d held out instead of %d: a fifth of the %d images that there are", wanted, held_out, count)
     return wanted
 
 

@@ -18,3 +18,10 @@ class RecipeError(UserError):
 def is_disk_full(error: OSError) -> bool:
     """Whether something could not be written for want of space, on the disk or in the user's quota."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether something did not fit into memory: Python says it by a type, PyTorch by one of its own or in words."""
+    words = ("can't allocate memory", "Storage size calculation overflowed")
+    kinds = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return kinds or (isinstance(error, RuntimeError) and any(each in str(error) for each in words))

@@ -54,7 +54,7 @@ def _files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     if not path.exists():
-        raise UserError(f"images {str(path)!r}: no such file or folder")
+        raise UserError(f"images {str(path)!r}: no such file or folder (demo and data sets are taken alone)")
     # Names with a dot in front are hidden, among them what macOS leaves beside every image.
     found = [one for one in path.rglob("[!.]*") if one.suffix.lower() in SUFFIXES and one.is_file()]
     if not found:

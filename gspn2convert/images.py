@@ -277,6 +277,8 @@ def _hugging_face(name: str, root: str | None, split: str) -> Source:
 
 def _in_mode(image: Image.Image, mode: str) -> Image.Image:
     """Convert an image to RGB or L as timm does, but scale 16-bit images, which Pillow would clip to white."""
+    if image.mode == "F":
+        raise ValueError("its pixels are floating point numbers, of which nobody says what is white; save 8 or 16 bits")
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image).clip(0, 0xFFFF) >> 8).astype(np.uint8))
     return image.convert(mode)

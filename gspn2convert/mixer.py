@@ -69,8 +69,8 @@ class Gspn2Mixer(nn.Module):
         super().__init__()
         weight = attention.qkv.weight
         dim, device, dtype = weight.shape[1], weight.device, weight.dtype
-        if prefix not in ("exact", "pool") or not isinstance(segment, int) or segment < 0:
-            raise ValueError(f"prefix {prefix!r}, segment {segment!r}: expected exact or pool, and 0 or more lines")
+        if prefix not in ("exact", "pool") or not isinstance(segment, int) or not 0 <= segment < 1 << 31:
+            raise ValueError(f"prefix {prefix!r}, segment {segment!r}: expected exact or pool, and 0 to 2^31 - 1 lines")
         self.proxy_dim, self.groups, self.segment, self.regions = proxy_dim, groups, segment, regions
         self.down = nn.Linear(dim, proxy_dim, bias=False, device=device, dtype=dtype)
         # Predicting from a wide latent costs R (8R + 12) instead of C (8R + 12); a narrow one knows too little.

@@ -16,9 +16,9 @@ from timm.models import (
     is_model_in_modules,
     split_model_name_tag,
 )
-from timm.models._hub import load_model_config_from_path
 from timm.models.vision_transformer import VisionTransformer
 
+from gspn2convert.config import read_config
 from gspn2convert.errors import UserError
 from gspn2convert.vit import GSPN2_VIT, check_vit, native_shapes, probe
 from gspn2convert.weights import WEIGHTS_FILE, check_finite, check_match, folder_weights, hub_file, read_shapes
@@ -149,14 +149,10 @@ def _from_folder(folder: Path, hub: str | None = None) -> _Source:
     """Read the config.json of a saved model."""
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} has no config.json; give a folder that timm saved, or the name of a ViT")
-    try:
-        cfg, architecture, arguments = load_model_config_from_path(folder)
-        known = timm.is_model(architecture)
-    except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
-        raise UserError(f"{folder / 'config.json'} is no config of a timm model ({error!r}); save it again") from error
+    cfg, architecture, arguments = read_config(folder)
     if architecture == GSPN2_VIT:
         raise UserError(f"{folder} holds a converted GSPN-2 ViT; give the ViT that it came from")
-    if not known:
+    if not timm.is_model(architecture):
         raise UserError(f"{folder} holds a {architecture}, which this timm does not know; update timm")
     return _Source(
         name=f"local-dir:{folder}", architecture=architecture, cfg=cfg, arguments=arguments, folder=folder, hub=hub

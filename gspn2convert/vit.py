@@ -184,7 +184,8 @@ def probe(name: str, arguments: Mapping[str, Any]) -> VisionTransformer:
     try:
         model = model_entrypoint(name)(pretrained=False, **known, device="meta")
     except (AssertionError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f"{name} cannot be built as a ViT: {error}; check the arguments, or name another") from error
+        reason, *_ = (str(error) or type(error).__name__).split("\n")
+        raise UserError(f"{name} cannot be built as a ViT: {reason}; check the arguments, or name another") from error
     vit = check_vit(model)
     grid_size(vit, *vit.patch_embed.img_size)
     return vit

@@ -67,9 +67,9 @@ def test_without_a_file_nothing_is_loaded(tmp_path):
 
 def test_another_run_is_refused_by_what_differs(written):
     before = written.read_bytes()
-    with pytest.raises(UserError, match="another recipe; resume with"):
+    with pytest.raises(UserError, match="different recipe; resume with"):
         load(written, IDENTITY | {"recipe": "name: b"})
-    with pytest.raises(UserError, match="another data, teacher; resume with"):
+    with pytest.raises(UserError, match="different data, teacher; resume with"):
         load(written, {"recipe": "name: a", "data": "x"})
     assert written.read_bytes() == before
 

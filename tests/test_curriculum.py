@@ -252,7 +252,7 @@ def test_a_stopped_climb_with_cached_images_goes_on_to_the_same_end(tmp_path, mo
         with pytest.raises(Interrupted, match="stopped in stage curriculum-44 after 3 of 4"):
             climb(tmp_path / "out", "previous", cached=True)
     assert calls == [(28, 28)] * 4 + [(36, 36)] * 4 + [(44, 44)] * 3
-    with pytest.raises(UserError, match="started with another place where views are made"):
+    with pytest.raises(UserError, match="started with different place where views are made"):
         climb(tmp_path / "out", "previous", resume=True)
     metrics = climb(tmp_path / "out", "previous", cached=True, resume=True)
     assert_same_end(tmp_path / "out", metrics, tmp_path / "whole", whole)

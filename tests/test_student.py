@@ -226,7 +226,7 @@ def test_a_stopped_run_goes_on_with_the_student_that_it_was_given_alone(run, tmp
     monkeypatch.undo()
     before = (tmp_path / "on" / FILE_NAME).read_bytes()
     for given in (tmp_path / "other", None):
-        with pytest.raises(UserError, match="started with another student; resume with what it was started with"):
+        with pytest.raises(UserError, match="started with different student; resume with what it was started with"):
             run("on", stages=(2,), student=given, resume=True)
     assert (tmp_path / "on" / FILE_NAME).read_bytes() == before
     run("on", stages=(2,), student=tmp_path / "fit", resume=True)

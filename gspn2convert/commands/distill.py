@@ -161,7 +161,7 @@ def _show_selection(selection: Document, console: "Console") -> None:
     help="Blocks that keep attention: 0,5, last:2, every:6, auto:2 or auto:budget=0.98; default: the recipe's.",
 )
 @click.option("--student", type=options.FOLDER, help="Go on from this converted model, in place of the fit.")
-@click.option("--img-size", type=click.IntRange(1), help="Image size to convert at; default: the teacher's own.")
+@click.option("--img-size", type=click.IntRange(1, options.LARGEST), help="To convert at; default: the teacher's.")
 @options.device_option
 @click.option("--precision", type=options.PRECISION, default="fp32", show_default=True, help="Autocast to this type.")
 @options.workers_option

@@ -8,16 +8,20 @@ import click
 from gspn2convert.commands import options
 from gspn2convert.commands.models import NO_TEACHER, load_rival, teacher_name
 from gspn2convert.commands.report import Document, ReportCommand, percent, show_table
+from gspn2convert.errors import UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from gspn2convert.images import ImageSet
 
 
 _SHARES = {"top1": "top-1", "knn": "k-NN top-1", "linear": "linear probe top-1"}
 
 
 def _show(document: Document, console: "Console") -> None:
-    console.print(f"{document['images']} images of {document['data']} ({document['split']} split)")
+    count = document["images"]
+    console.print(f"{count} image{'s' * (count != 1)} of {document['data']} ({document['split']} split)")
     rows = [
         *(_scores(document, title, key) for key, title in _SHARES.items()),
         ("agreement of the first guess", _percent(document, "agreement"), "", ""),
@@ -85,6 +89,7 @@ def command(
     channels = student.patch_embed.proj.in_channels
     images = open_images(data, split, in_chans=channels)
     training = open_images(data, "train", in_chans=channels) if knn or linear else None
+    _check_labels(images, teacher)
     rival = None if teacher == NO_TEACHER else load_rival(student, folder, teacher, weights=teacher_weights)
     figures = evaluate(
         *(student, rival, images),
@@ -102,3 +107,8 @@ def command(
         **figures,
         "environment": environment(where),
     }
+
+
+def _check_labels(images: "ImageSet", teacher: str | None) -> None:
+    if teacher == NO_TEACHER and images.label_names is None:
+        raise UserError(f"data {images.name!r} has no labels, and without a teacher nothing can be measured; name one")

@@ -60,6 +60,8 @@ def load_rival(
     try:
         rival = load_teacher(own, weights=weights, img_size=size, pretrained=pretrained)
     except UserError as error:
+        if name and str(error).startswith("image size"):
+            raise UserError(f"{error} ({name} would have to take images of {folder}'s size)") from error
         hint = f" ({folder} says that it came from this teacher; say on the command line where it is)"
         raise UserError(f"{error}{'' if name else hint}") from error
     if name is None and pretrained:
@@ -70,6 +72,6 @@ def load_rival(
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -9,6 +9,9 @@ Size = tuple[int, int]
 Shape = tuple[int, int, int, int]
 Value = str | None
 
+# Pixels of a side at most: beyond, some number of a model's overflows before it says so.
+LARGEST = 1 << 16
+
 FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 PRECISION = click.Choice(["fp32", "bf16", "fp16"])
@@ -56,6 +59,7 @@ def read_shape(context: click.Context, parameter: click.Parameter, value: Value)
     if len(parts) != 4 or not all(part.isdecimal() and int(part) for part in parts):
         raise click.BadParameter(f"{value!r}: expected images, channels, height, width such as 8,3,224,224")
     images, channels, height, width = map(int, parts)
+    _check_largest(height, width)
     return images, channels, height, width
 
 
@@ -76,4 +80,10 @@ def _size(text: str) -> Size:
         size = (0, 0)
     if min(size) < 1:
         raise click.BadParameter(f"{text!r}: expected pixels such as 224, or height x width such as 224x308")
+    _check_largest(*size)
     return size
+
+
+def _check_largest(height: int, width: int) -> None:
+    if max(height, width) > LARGEST:
+        raise click.BadParameter(f"{height}x{width}: expected at most {LARGEST} pixels a side")

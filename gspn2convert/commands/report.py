@@ -105,5 +105,10 @@ def show_table(
     for index, name in enumerate(columns):
         table.add_column(name, justify="right" if index and numbers else "left")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(_on_one_line, row))
     console.print(table)
+
+
+def _on_one_line(cell: str) -> str:
+    """Write out what would break a row in two, such as a line feed in the name of a file."""
+    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in cell)

@@ -47,7 +47,7 @@ def _line(session: dict[str, Any]) -> str:
 
 
 @click.command("run", cls=ReportCommand, show=_show)
-@click.argument("model", type=options.FILE)
+@click.argument("model", type=click.Path(exists=True, path_type=Path))
 @click.argument("more", nargs=-1, metavar="[PATH]...")
 @click.option(
     "--images",
@@ -82,6 +82,8 @@ def command(
     """
     if not (images or more):
         raise click.UsageError("Missing option '--images'")
+    if model.is_dir():
+        raise UserError(f"{model} is a folder; name the exported file, such as {model / 'model.onnx'}")
     from gspn2convert.image_files import open_files
     from gspn2convert.infer import data_config, pick_batch_size
     from gspn2convert.session import onnx_session

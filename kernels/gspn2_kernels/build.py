@@ -89,7 +89,10 @@ def library_path() -> Path | None:
     if packaged.exists():
         return packaged
     sources = _source_hash()
-    built = [path for path in cache_folder().glob(f"ort-*/{_LIBRARY}") if _fits(path, sources)]
+    try:
+        built = [path for path in cache_folder().glob(f"ort-*/{_LIBRARY}") if _fits(path, sources)]
+    except PermissionError:  # the home of another user
+        built = []
     return max(built, key=lambda path: path.stat().st_mtime, default=None)
 
 

@@ -69,7 +69,7 @@ def test_a_choice_outlives_a_stop_in_stage_2(run, deep, tmp_path):
     undisturbed = run(vit=deep, output=tmp_path / "undisturbed", **AUTO)
     with pytest.raises(Interrupted, match="stopped in stage recover after 2 of 6"):
         run(vit=deep, pictures=Pictures(terminate_at_read=READ_BEFORE_RECOVER + 4 + 1), **AUTO)
-    with pytest.raises(UserError, match="started with another keep"):
+    with pytest.raises(UserError, match="started with different keep"):
         run(vit=deep, resume=True, keep=(undisturbed["kept_layers"][0],))
     resumed = run(vit=deep, resume=True, **AUTO)
     assert resumed["selection"] == undisturbed["selection"]

@@ -153,7 +153,7 @@ def test_a_stopped_run_goes_on_to_the_same_end(run, stopped, tmp_path):
 )
 def test_a_stopped_run_does_not_go_on_as_another(run, stopped, change, named):
     before = snapshot(stopped)
-    with pytest.raises(UserError, match=f"started with another {named}; resume with what it was started with"):
+    with pytest.raises(UserError, match=f"started with different {named}; resume with what it was started with"):
         run(**{"resume": True, **change})
     assert snapshot(stopped) == before
 
@@ -162,11 +162,11 @@ def test_a_stopped_run_does_not_go_on_with_other_images_or_another_teacher(teach
     before = snapshot(stopped)
     sets = [ImageSet("others", Pictures()), ImageSet("test", Pictures(20, seed=1))]
     how = Options(output=stopped, device="cpu", quiet=True, resume=True)
-    with pytest.raises(UserError, match="started with another data, teacher;"):
+    with pytest.raises(UserError, match="started with different data, teacher;"):
         distill_student(teacher, parse_recipe(RECIPE, "test"), *sets, how, teacher_name="another")
     changed = copy.deepcopy(teacher)
     changed.norm.bias.data[0] += 1e-3
-    with pytest.raises(UserError, match="started with another data, teacher, teacher weights;"):
+    with pytest.raises(UserError, match="started with different data, teacher, teacher weights;"):
         distill_student(changed, parse_recipe(RECIPE, "test"), *sets, how, teacher_name="another")
     assert snapshot(stopped) == before
 
@@ -211,7 +211,7 @@ def test_a_stopped_run_does_not_go_on_when_an_image_has_gone(run, stopped):
     pictures = Pictures()
     names = pictures.where
     pictures.where = lambda index: "renamed" if index == 3 else names(index)
-    with pytest.raises(UserError, match="started with another list of images; resume with what it was started with"):
+    with pytest.raises(UserError, match="started with different list of images; resume with what it was started with"):
         run(resume=True, pictures=pictures)
     assert snapshot(stopped) == before
 
