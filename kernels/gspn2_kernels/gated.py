@@ -56,7 +56,12 @@ def gated_scan(
         ValueError: A shape, dtype or device does not fit; the message names the argument and what was expected.
     """
     wanted = torch.is_grad_enabled() and any(t.requires_grad for t in (latent, weight, bias))
-    if source is latent and by_triton(latent) and not wanted and latent.shape[2] <= WIDEST[latent.element_size()]:
+    if (
+        source is latent
+        and by_triton(latent)
+        and not wanted
+        and latent.shape[2] <= WIDEST.get(latent.element_size(), 0)
+    ):
         patches = latent[:, latent.shape[1] - grid[0] * grid[1] :]
         out: Tensor = torch.ops.gspn2.gated_scan(patches, weight, bias, *grid, groups, segment)
         return out

@@ -232,7 +232,9 @@ def _save_states(
     ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx: _Context, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: _Context, dy: Tensor | None, *_: Tensor) -> tuple[Tensor | None, ...]:
+    if dy is None:  # of a function that gives none
+        return (None,) * 5
     x, lam, logits, u, *states = ctx.saved_tensors
     return *torch.ops.gspn2.line_scan_backward(dy, x, lam, logits, u, ctx.segment, *states), None
 

@@ -211,9 +211,11 @@ def _launches(shape: Sequence[int], chosen: Plan) -> Iterator[tuple[int, int, in
 
 
 def _check_offsets(*tensors: Tensor) -> None:
-    """Make sure that 32 bits hold every offset inside an image."""
+    """Make sure that 32 bits hold the size of every image, and 16 their number."""
     for t in tensors:
-        if sum((size - 1) * stride for size, stride in zip(t.shape[1:], t.stride()[1:], strict=True)) >= 2**31:
+        if t.shape[0] >= 2**16:
+            raise ValueError(f"{t.shape[0]} images are more than a launch can take; scan at most 65535 at a time")
+        if 1 + sum((size - 1) * stride for size, stride in zip(t.shape[1:], t.stride()[1:], strict=True)) >= 2**31:
             raise ValueError(
                 f"an image of shape {tuple(t.shape[1:])} spans over 2^31 elements; split it, or scan on the CPU"
             )

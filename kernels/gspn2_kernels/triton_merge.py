@@ -39,6 +39,10 @@ class Plan(NamedTuple):
     stages: int = 3
 
 
+# Products of fp32 keep all they multiply in registers.
+FP32 = Plan(32, 64, 32, 4, 2)
+
+
 def merge(
     stream: Tensor,
     statistics: Tensor,
@@ -96,9 +100,9 @@ def product(
         lines: What the first two and the last two directions are divided by.
         share: (B, H W, S).
         values: (B, S, C).
-        chosen: Constants of the kernel; by default those that were quickest on an H100.
+        chosen: Constants of the kernel; by default those that were quickest on an H100, of fp32 those that fit.
     """
-    chosen = chosen or Plan()
+    chosen = chosen or (FP32 if y.dtype == torch.float32 else Plan())
     batch, height, width = y.shape[:3]
     channels, patches, columns = weight.shape[0], height * width, share.shape[2]
     out = torch.empty(batch, height, width, channels, dtype=y.dtype, device=y.device)

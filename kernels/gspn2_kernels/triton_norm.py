@@ -5,7 +5,7 @@ chunks of channels (a tuple), so that the variance is that of differences from t
 while the next tokens are under way. Its sums for the mean patch stay in registers too. They end in a row for each
 program, and one more kernel adds up the rows: always in the same order.
 
-Others read the stream and norm it as they do, with `load_statistics` and `normed`: a token is 8 bytes more to read, and
+Others read the stream and norm it as they do, with `load_statistics` and `affine`: a token is 8 bytes more to read, and
 the normed ones are neither written nor read.
 
 Shapes: B batch, N tokens, P prefix tokens, C channels; a tile is BM tokens by chunks of BK channels.

@@ -116,7 +116,10 @@ def _plan(dtype: torch.dtype, prefix: int, heads: int) -> Plan:
         return Plan(16, 16, 8, 1)
     if dtype == torch.float32:
         return Plan(32, 32, 8, 2)
-    return Plan(64, 64, 8, 4) if math.prod(_group(prefix, heads)) > 32 else Plan(128, 64, 4, 4)
+    places, group = _group(prefix, heads)
+    if power_of_2(prefix + 1) * group > COLUMNS // 2:
+        return Plan(32, 64, 8, 3)
+    return Plan(64, 64, 8, 4) if places * group > 32 else Plan(128, 64, 4, 4)
 
 
 def _group(prefix: int, heads: int) -> tuple[int, int]:

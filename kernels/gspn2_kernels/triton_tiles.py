@@ -61,10 +61,13 @@ def exponentials(b_a, first, last, rows: tl.constexpr):
     a0, a1, a2 = -log2e * a0.to(tl.float32), -log2e * a1.to(tl.float32), -log2e * a2.to(tl.float32)
     least = tl.minimum(tl.minimum(tl.where(first, a1, a0), tl.where(last, a1, a2)), a1)
     shift = tl.maximum(least - 28.0, 0.0)
-    e0 = tl.exp2(tl.minimum(a0 - shift, 62.0))
-    e1 = tl.exp2(tl.minimum(a1 - shift, 62.0))
-    e2 = tl.exp2(tl.minimum(a2 - shift, 62.0))
-    return e0, e1, e2
+    return _exp2(a0 - shift), _exp2(a1 - shift), _exp2(a2 - shift)
+
+
+@triton.jit
+def _exp2(b_a):
+    """Compute 2^a of at most 2^62; a logit that is no number shows in the result."""
+    return tl.exp2(tl.minimum(b_a, 62.0, propagate_nan=tl.PropagateNan.ALL))
 
 
 @triton.jit

@@ -10,15 +10,22 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from gspn2_kernels import triton_merge as merge_plan
+from gspn2_kernels.prefix import share_columns
 from gspn2_kernels.triton_backward import line_scan_bwd_kernel
 from gspn2_kernels.triton_forward import line_scan_fwd_kernel
 from gspn2_kernels.triton_gated import FEWEST, NARROW, WIDE, predict_kernel
 from gspn2_kernels.triton_gated import Plan as PredictPlan
 from gspn2_kernels.triton_gradients import gradients_kernel
+from gspn2_kernels.triton_merge import product_kernel
+from gspn2_kernels.triton_prefix import _group as prefix_group
+from gspn2_kernels.triton_prefix import _plan as prefix_plan
+from gspn2_kernels.triton_prefix import read_kernel
 from gspn2_kernels.tuning import Plan, plan
 
 BATCH_STRIDES = ("sxb", "slb", "sab", "sub", "syb")
@@ -34,6 +41,7 @@ def main() -> None:
         json.dumps(
             {
                 "shared": shared_bytes(),
+                "wide": wide_products(),
                 "infer": describe(line_scan_fwd_kernel, forward, {**strides, "SAVE": False}),
                 "train": describe(line_scan_fwd_kernel, train, {**strides, "SAVE": True}),
                 "planes": describe(
@@ -62,6 +70,34 @@ def shared_bytes() -> dict[int, int]:
         source = ASTSource(fn=predict_kernel, signature=types, constexprs=constants, attrs=aligned)
         target = GPUTarget("cuda", 89, 32)
         found[channels] = triton.compile(source, target=target, options={"num_warps": chosen.warps}).metadata.shared
+    return found
+
+
+def wide_products() -> dict[str, dict[str, int]]:
+    """Compile for 99 KiB of shared memory what needs most of it: the read of five prefix tokens, a merge of fp32."""
+    read, (places, group) = prefix_plan(torch.bfloat16, 5, 12), prefix_group(5, 12)
+    merge = merge_plan.FP32
+    constants = {
+        read_kernel: {
+            **{"C": 768, "H": 12, "P": 5, "S": share_columns(5, 12), "SX": 768, "UX": 8, "BM": read.tokens},
+            **{"BC": read.channels, "HG": group, "PG": 8, "PR": places, "NB": 12, "NS": read.stages},
+        },
+        product_kernel: {
+            **{"C": 768, "K": 192, "S": 128, "BM": merge.patches, "BN": merge.channels, "BK": merge.step},
+            **{"BS": 128, "NS": merge.stages},
+        },
+    }
+    found = {}
+    for kernel, warps, kind in ((read_kernel, read.warps, "*bf16"), (product_kernel, merge.warps, "*fp32")):
+        types = dict.fromkeys(kernel.arg_names, kind) | dict.fromkeys(("N", "T", "sxb", "M"), "i32")
+        types |= dict.fromkeys(("statistics", "sums", "parts", "top", "total"), "*fp32")
+        types |= dict.fromkeys(("ratio", "inverse"), "fp32") | dict.fromkeys(constants[kernel], "constexpr")
+        signature = {name: types[name] for name in kernel.arg_names}
+        aligned = {(i,): [["tt.divisibility", 16]] for i, t in enumerate(signature.values()) if t.startswith("*")}
+        source = ASTSource(fn=kernel, signature=signature, constexprs=constants[kernel], attrs=aligned)
+        compiled = triton.compile(source, target=GPUTarget("cuda", 89, 32), options={"num_warps": warps})
+        stack = count(compiled.asm["cubin"])["STACK"]
+        found[kernel.__name__] = {"shared": compiled.metadata.shared, "STACK": stack}
     return found
 
 

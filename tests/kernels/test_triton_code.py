@@ -27,6 +27,12 @@ def test_products_of_a_latent_fit_into_shared_memory(loops) -> None:
     assert max(loops["shared"].values()) <= 99 * 1024
 
 
+@pytest.mark.parametrize("kernel", ["read_kernel", "product_kernel"])
+def test_many_prefix_tokens_and_merges_of_fp32_fit_there_too(loops, kernel: str) -> None:
+    assert loops["wide"][kernel]["STACK"] == 0
+    assert loops["wide"][kernel]["shared"] <= 99 * 1024
+
+
 def test_the_pass_of_the_gradients_stays_in_registers(loops) -> None:
     """And leaves room for ten programs of two warps on a multiprocessor, whose loads are under way together."""
     assert loops["gradients"]["STACK"] == 0
