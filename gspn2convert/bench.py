@@ -48,9 +48,11 @@ def bench(
         those of a CUDA graph, and `launched_ms` the median of calls that Python launches kernel by kernel.
 
     Raises:
-        UserError: if a size is no multiple of the patch, or an output of the student is not finite.
+        UserError: if a size is no multiple of the patch, or an output is not finite.
     """
-    grids = [[grid_size(model, *size) for model in (student, teacher)][0] for size in sizes]
+    for size in sizes:
+        grid_size(teacher, *size)  # refuses what the teacher does not take
+    grids = [grid_size(student, *size) for size in sizes]
     setting = _Setting(batch_size=batch_size, device=device, dtype=dtype, compiled=compiled)
     rows = []
     for (height, width), (lines, columns) in zip(sizes, grids, strict=True):

@@ -180,12 +180,12 @@ def cut(images: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
     affine = torch.stack([half_width, zero, x, zero, half_height, y], 1).view(-1, 2, 3)
     # Where crops are much reduced, several samples a pixel are averaged, for details too fine would turn into others.
     # Up to 1.6 times one bilinear sample is as sharp as antialiased bicubic resizing, and four would be less sharp.
-    fine = max(1, math.ceil(images.shape[-1] / (1.6 * max(size))))
-    shape = [*images.shape[:2], fine * size[0], fine * size[1]]
+    fine = [max(1, math.ceil(images.shape[-1] / (1.6 * side))) for side in size]
+    shape = [*images.shape[:2], fine[0] * size[0], fine[1] * size[1]]
     grid = F.affine_grid(affine, shape, align_corners=False)
     mode = "bilinear" if images.shape[-1] > max(size) else "bicubic"
     views = F.grid_sample(images, grid, mode=mode, padding_mode="reflection", align_corners=False)
-    return F.avg_pool2d(views, fine) if fine > 1 else views
+    return F.avg_pool2d(views, fine) if max(fine) > 1 else views
 
 
 def recolour(images: Tensor, factors: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from gspn2convert.interrupt import Interrupted, StopWish
 from gspn2convert.keep import Auto
 from gspn2convert.model import Gspn2Vit, build_student, kept_blocks
 from gspn2convert.options import Options
+from gspn2convert.processes import anywhere
 from gspn2convert.progress import Progress
 from gspn2convert.recipe import Align, Recipe, Recover
 from gspn2convert.recover import RecoverStage
@@ -84,7 +85,8 @@ class Conversion:
 
         With `Auto`, stages 0 and 1 convert all blocks; which of them keep attention is settled before stage 2.
         """
-        auto, known = keep if isinstance(keep, Auto) else None, self._known(keep)
+        known = self._known(keep)
+        auto = keep if isinstance(keep, Auto) else None
         layers = [i for i in range(len(self.teacher.blocks)) if i not in known]
         student = self.given
         if student is None:
@@ -154,7 +156,7 @@ class Conversion:
 
             def layer_done(report: LayerReport, done: int) -> None:
                 self.progress.advance(done, {"error": report.error})
-                if stop.made:
+                if anywhere(stop.made, self.accelerator.device):
                     raise Interrupted("fit", done, layers)
 
             calibration = self.supply.plain(spread(self.train, fit.images), fit.batch_size)
@@ -259,8 +261,9 @@ class Conversion:
         """Share of the test images that a model names right; None where their labels are not its classes."""
         if not self.labelled:
             return None
-        figures = evaluate(model, None, self.test, device=self.accelerator.device, workers=self.options.workers)
-        return float(figures["top1"])
+        how = {"device": self.accelerator.device, "workers": self.options.workers}
+        found: float | None = evaluate(model, None, self.test, config=self.supply.data_config, **how).get("top1")
+        return found
 
     def _teacher_top1(self, size: tuple[int, int]) -> float | None:
         """The same of the teacher, at the size (height, width) of the student's last scores."""
@@ -282,4 +285,7 @@ def _stage_seed(seed: int, name: str) -> int:
 
 def public_name(name: str) -> str:
     """A name for files that travel: the last part of a path says enough, and nothing of the machine."""
+    kind, _, place = name.partition(":")
+    if Path(place).is_absolute():  # of a teacher local-dir:, of data torch/NAME: and the like
+        return Path(place).name if kind == "local-dir" else f"{kind}:{Path(place).name}"
     return Path(name).name if Path(name).is_absolute() else name

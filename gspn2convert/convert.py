@@ -64,7 +64,7 @@ def convert(
     Args:
         teacher: timm VisionTransformer in eval mode; it is not changed.
         recipe: mixer, fit method and seed.
-        images: calibration batches (B, 3, height, width), normalised as the teacher expects, all of one size.
+        images: calibration batches (B, channels, height, width), normalised as the teacher expects, all of one size.
         held_out: batches that the fit does not see, for the reported errors.
         keep: blocks that keep attention.
         on_layer: called with each layer's report and the number of layers done.
@@ -174,10 +174,12 @@ def _held_out_errors(
     """Relative error of the patches' output for each candidate."""
     wrong = dict.fromkeys(candidates, 0.0)
     total = square = torch.zeros((), dtype=torch.float64)
-    count = 0
+    count, first = 0, None
     for x, y in samples:
         target = patches(y, grid)
         scaled = (target if gamma is None else target * gamma).double()
+        first = scaled[:1, :1].clone() if first is None else first
+        scaled = scaled - first  # sums of squares lose no digits to a mean, and a constant has none but exact zeros
         total, square = total + scaled.sum((0, 1)), square + scaled.square().sum()
         count += scaled.shape[0] * scaled.shape[1]
         for name, parameters in candidates.items():

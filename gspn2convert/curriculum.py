@@ -64,7 +64,7 @@ class ReducedStage(RecoverStage):
         return [*super().models(), *(guide for guide in self._guide if guide is not self.teacher)]
 
     def target(self, images: Tensor) -> Tensor:
-        """Final tokens (B, N, C) of the guide, on the grid of the images (B, 3, height, width)."""
+        """Final tokens (B, N, C) of the guide, on the grid of the images (B, channels, height, width)."""
         reduced = F.interpolate(images, self.size, mode="bicubic", antialias=True, align_corners=False)
         tokens = frozen_tokens(self._guide[0], reduced)
         return resize_patches(tokens, grid_size(self.student, *self.size), grid_size(self.student, *images.shape[-2:]))

@@ -128,12 +128,10 @@ def distill_student(
     started_from = "" if given is None else public_name(given_name)
     with sole_writer(options.output, options.resume, accelerator):
         store = CheckpointStore(options.output, identity, main=accelerator.is_main_process)
-        if (
-            options.resume
-            and not store.load()
-            and (done := _finished(options, what | {"student": started_from}, recipe))
-        ):
-            return done
+        if options.resume and not store.load():
+            done = _finished(options, what | {"student": started_from}, recipe)
+            if done is not None:
+                return done
         with Progress(quiet=options.quiet or not accelerator.is_main_process) as progress:
             given = None if given is None else given.to(accelerator.device)
             there = teacher.to(accelerator.device)

@@ -65,6 +65,7 @@ class _Run:
     precision: str
     batch_size: int
     workers: int
+    config: dict[str, Any]
 
     def over(
         self, images: ImageSet, indices: Sequence[int] | None = None
@@ -75,7 +76,7 @@ class _Run:
             model.to(self.device).eval()
         for pixels, labels in batches(
             images,
-            data_config(self.models["student"]),
+            self.config,
             indices=range(len(images)) if indices is None else indices,
             batch_size=self.batch_size,
             augment=None,
@@ -87,14 +88,16 @@ class _Run:
                 tokens = {name: final_tokens(model, on_device).float() for name, model in self.models.items()}
             yield tokens, labels
 
-    def features(self, images: ImageSet) -> tuple[dict[str, Tensor], Tensor]:
-        """Return each model's features (M, C) and the labels (M,)."""
+    def see(self, images: ImageSet, cosines: TokenCosines | None = None) -> tuple[dict[str, _Seen], Tensor]:
+        """Return what each model made of the images, and the labels (M,); cosines count the tokens of both."""
         seen, labels = {name: _Seen(model) for name, model in self.models.items()}, []
         for tokens, batch_labels in self.over(images):
             labels.append(batch_labels)
             for name in seen:
                 seen[name].add(tokens[name])
-        return {name: torch.cat(one.features) for name, one in seen.items()}, torch.cat(labels)
+            if cosines is not None:
+                cosines.add(tokens["student"], tokens["teacher"])
+        return seen, torch.cat(labels)
 
 
 @torch.inference_mode()
@@ -110,6 +113,7 @@ def evaluate(
     linear_images: ImageSet | None = None,
     cka: bool = False,
     workers: int = 0,
+    config: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Compare two models on the same pixels (the student's own data config), both by the same protocol.
 
@@ -124,6 +128,7 @@ def evaluate(
         linear_images: labelled training images; with them both models also get the accuracy of a linear probe.
         cka: also compare the patch tokens after each block, on at most 256 of the images, from all over the set.
         workers: processes that read images.
+        config: how images are made ready, see `vit.data_config`; the student's own by default.
 
     Returns:
         `images`; `top1` where the labels are the model's classes; `knn` with `knn_images`, `linear` with
@@ -145,19 +150,13 @@ def evaluate(
     where = torch.device(device)
     if where.type == "cpu":  # a run of several processes names it "cpu:0", which is another place to torch
         where = torch.device("cpu")
-    run = _Run(models=models, device=where, precision=precision, batch_size=batch_size, workers=workers)
-    seen, labels = {name: _Seen(model) for name, model in models.items()}, []
-    cosines = TokenCosines(num_prefix(student))
-    for tokens, batch_labels in run.over(images):
-        labels.append(batch_labels)
-        for name in seen:
-            seen[name].add(tokens[name])
-        if teacher is not None:
-            cosines.add(tokens["student"], tokens["teacher"])
-    truth = torch.cat(labels)
+    how: dict[str, Any] = {"precision": precision, "batch_size": batch_size, "workers": workers}
+    run = _Run(models=models, device=where, config=config or data_config(student), **how)
+    cosines = None if teacher is None else TokenCosines(num_prefix(student))
+    seen, truth = run.see(images, cosines)
     features = {name: torch.cat(one.features).to(where) for name, one in seen.items()}
     result: dict[str, Any] = {"images": len(truth), **_both("top1", _top1(seen, images, truth))}
-    if teacher is not None:
+    if cosines is not None:
         result |= _agreement(seen) | cosines.summary() | _common_neighbours(features)
     result |= _probe(run, images, features, truth, wanted)
     return result | ({"cka": _block_cka(run, images)} if cka else {})
@@ -169,14 +168,23 @@ def _probe(
     """Score features (M, C) of each model and labels (M,) by the training images of each figure that is wanted."""
     result: dict[str, float] = {}
     for training in dict.fromkeys(one for one in wanted.values() if one is not None):
-        learnt, labels = run.features(training)
-        labels, asked = labels.to(run.device), _labels_of(training, images, truth).to(run.device)
+        learnt, labels = run.see(training)
+        kept, told = _with_class(training, labels), _with_class(images, truth)
+        labels, asked = labels[kept].to(run.device), _labels_of(training, images, truth[told]).to(run.device)
         for figure in (figure for figure, one in wanted.items() if one is training):
             score, scores = _PROBES[figure], {}
             for name, own in features.items():
-                scores[name] = score(learnt[name].to(run.device), labels, own, asked)
+                known = torch.cat(learnt[name].features)[kept].to(run.device)
+                scores[name] = score(known, labels, own[told.to(run.device)], asked)
             result |= _both(figure, scores)
     return result
+
+
+def _with_class(images: ImageSet, labels: Tensor) -> Tensor:
+    """Tell which of the labels (M,) name a class."""
+    if not (known := labels >= 0).any():
+        raise UserError(f"data {images.name!r}: all labels are -1, so leave --knn and --linear out")
+    return known
 
 
 def _labels_of(training: ImageSet, images: ImageSet, labels: Tensor) -> Tensor:
@@ -238,11 +246,11 @@ def _check_images(images: ImageSet, training: Sequence[ImageSet]) -> None:
 
 
 def _top1(seen: dict[str, _Seen], images: ImageSet, labels: Tensor) -> dict[str, float]:
-    result = {}
+    result, known = {}, labels >= 0  # -1 is of images whose class is not told, as in the test split of ImageNet
     for name, one in seen.items():
         classes = class_of_label(one.model, images.label_names) if one.guesses else None
-        if classes is not None:
-            result[name] = _share(torch.cat(one.guesses) == classes[labels])
+        if classes is not None and bool(known.any()):
+            result[name] = _share(torch.cat(one.guesses)[known] == classes[labels[known]])
     return result
 
 

@@ -125,7 +125,7 @@ def export_safetensors(student: VisionTransformer, path: str | Path, *, dtype: s
         Fit for JSON: path, bytes, dtype and tensors (their number).
 
     Raises:
-        UserError: an existing file, an unknown dtype, a full disk.
+        UserError: an existing file, an unknown dtype, a weight that is too large for it, a full disk.
     """
     path = Path(path)
     _check_target(path, dtype)
@@ -133,6 +133,9 @@ def export_safetensors(student: VisionTransformer, path: str | Path, *, dtype: s
         name: (tensor.to(DTYPES[dtype]) if tensor.is_floating_point() else tensor).cpu().contiguous()
         for name, tensor in student.state_dict().items()
     }
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise UserError(f"{name} has a number that does not fit into {dtype}; use --dtype fp32")
     data = safetensors.torch.save(tensors, metadata={"format": "pt"})
     write_atomic(path, data)
     return {"path": str(path), "bytes": len(data), "dtype": dtype, "tensors": len(tensors)}

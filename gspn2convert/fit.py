@@ -39,7 +39,7 @@ def fit_closed_form(
 
     Args:
         mixer: as constructed (lam = u = 1, equal neighbours, side branches silent), its gate fitted.
-        samples: called once a pass; `2 + 2 * rounds` passes.
+        samples: called once a pass; `1 + 2 * rounds` passes, one without an LPU.
         grid: H, W of the patches.
         gamma: (C,) LayerScale, or None; the rank is spent on the error behind it.
         second: (C, C) second moment of the patches, see `fit_gate`.

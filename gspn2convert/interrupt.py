@@ -67,6 +67,9 @@ class StopWish:
 @contextlib.contextmanager
 def held_back() -> Iterator[None]:
     """Hold Ctrl-C and SIGTERM back inside a `with`, so that a process started there meets none before it is ready."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows sends them to one process alone
+        yield
+        return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
@@ -82,7 +85,8 @@ def leave_to_the_parent(worker: int) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _hear_the_next)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
 def _hear_the_next(number: int, frame: FrameType | None) -> None:

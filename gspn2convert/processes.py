@@ -26,6 +26,15 @@ def world_mean(x: Tensor) -> Tensor:
     return x
 
 
+def anywhere(wish: bool, device: torch.device) -> bool:
+    """Whether any process has a wish; all have to ask at once."""
+    if not several():
+        return wish
+    wishes = torch.tensor(float(wish), device=device)
+    dist.all_reduce(wishes)
+    return bool(wishes)
+
+
 def start_alike(module: nn.Module) -> None:
     """Give a module the first process's weights and buffers in all of them."""
     if several():

@@ -67,7 +67,7 @@ class RecoverStage(Objective):
         """Loss of one batch.
 
         Args:
-            images: (B, 3, height, width), normalised.
+            images: (B, channels, height, width), normalised.
             progress: share of the stage that is done, 0 to 1; the mixer term fades with it.
 
         Returns:
@@ -85,7 +85,7 @@ class RecoverStage(Objective):
         """Terms of the loss before weighting.
 
         Args:
-            images: (B, 3, height, width), normalised.
+            images: (B, channels, height, width), normalised.
             tapped: numbers of the tokens that give the mixer term, int64; None to leave it out.
         """
         sites = list(self.mixers) if tapped is not None else []
@@ -129,7 +129,7 @@ class RecoverStage(Objective):
         return self.prefix + math.prod(grid_size(self.student, *images.shape[-2:]))
 
     def target(self, images: Tensor) -> Tensor:
-        """Final tokens (B, N, C) that the student is to give for images (B, 3, height, width)."""
+        """Final tokens (B, N, C) that the student is to give for images (B, channels, height, width)."""
         return frozen_tokens(self.teacher, images)
 
     def weights(self, progress: float) -> dict[str, float]:

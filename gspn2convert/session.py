@@ -19,6 +19,7 @@ import numpy as np
 
 from gspn2convert.errors import UserError
 from gspn2convert.onnx_function import DOMAIN
+from gspn2convert.onnx_function import NAME as LINE_SCAN
 from gspn2convert.providers import CPU, CUDA, pick_providers, settings
 
 OLDEST = (1, 18)
@@ -277,9 +278,9 @@ def _said(error: Exception) -> str:
 
 
 def _has_line_scans(path: Path) -> bool:
-    """Look for the operator's domain, which every node of it names before the weights follow."""
+    """Look for the operator's name, which every node of it has before the weights follow."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        return content.find(DOMAIN.encode()) >= 0
+        return content.find(LINE_SCAN.encode()) >= 0
 
 
 def _signature(value: Any) -> str:  # noqa: ANN401

@@ -74,7 +74,7 @@ class Objective(nn.Module):
         """Record the stage's passes as CUDA graphs.
 
         Args:
-            images: a batch (B, 3, height, width) of the shape that all will have.
+            images: a batch (B, channels, height, width) of the shape that all will have.
             steps: how many there will be; many are worth the time that compiling takes.
         """
 
@@ -150,7 +150,7 @@ class AlignStage(Objective):
         """Loss of one batch.
 
         Args:
-            images: (B, 3, height, width), normalised.
+            images: (B, channels, height, width), normalised.
             progress: unused; the loss is the same throughout.
 
         Returns:

@@ -25,7 +25,7 @@ from gspn2convert.fsdp import part, whole
 from gspn2convert.graphs import RecordedSteps
 from gspn2convert.interrupt import Interrupted, StopWish
 from gspn2convert.optim import Ema, load_optimizer, make_optimizer, optimizer_tensors, set_rates
-from gspn2convert.processes import average_gradients, start_alike
+from gspn2convert.processes import anywhere, average_gradients, start_alike
 from gspn2convert.progress import Progress
 from gspn2convert.recipe import Align, Recover
 from gspn2convert.stage import Objective
@@ -75,7 +75,7 @@ def make_accelerator(device: str = "auto", precision: str = "fp32") -> Accelerat
     # Accelerate allows one setting for the life of a process; two conversions in one may differ.
     AcceleratorState._reset_state(reset_partial_state=not (dist.is_available() and dist.is_initialized()))
     # Where there is nothing else, processes must be told that they share the CPU's work, or each does all of it.
-    on_cpu = device == "cpu" or not torch.accelerator.is_available()
+    on_cpu = device == "cpu" or not torch.cuda.is_available()
     accelerator = Accelerator(cpu=on_cpu, mixed_precision=PRECISIONS[precision])
     if precision == "fp16" and accelerator.scaler is None:
         raise UserError(f"precision 'fp16' needs a GPU, not {accelerator.device.type}; use bf16 or fp32")
@@ -124,7 +124,7 @@ def train_stage(
         with StopWish() as stop:
             training.run(batches, progress, evaluate, eval_every, stop)
             result = training.finish(evaluate)
-        if stop.made:
+        if anywhere(stop.made, accelerator.device):
             raise Interrupted(name, spec.steps, spec.steps)
     finally:
         objective.forget()
@@ -203,8 +203,8 @@ class _Training:
                 self.ema.swap()
             logger.info("stage %s: held-out cosine raw %.4f, averaged %.4f; kept %s", self.name, raw, ema, kept)
         student.requires_grad_(True)
-        seconds, scores = self._spent(), candidates[kept]
-        self.store.seconds_spent[self.name] = seconds
+        self._note()
+        seconds, scores = self.store.seconds_spent[self.name], candidates[kept]
         end = {"stage": self.name, "step": self.spec.steps, "kept": kept, "evaluation": scores}
         self.store.history.append(end | {"candidates": candidates})
         self.store.finish(self.name, self.spec.steps, student)
@@ -259,8 +259,11 @@ class _Training:
         record: dict[str, Any] = {"stage": self.name, "step": done, **figures, "images_per_second": rate}
         self.store.history.append(record | ({"evaluation": scores} if scores else {}))
 
-    def _spent(self) -> float:
-        return self.seconds + time.monotonic() - self.began
+    def _note(self) -> None:
+        """Bring what the store holds beside tensors up to date."""
+        self.store.seconds_spent[self.name] = self.seconds + time.monotonic() - self.began
+        if self.accelerator.scaler is not None:
+            self.store.scaler = self.accelerator.scaler.state_dict()
 
     def _save(self, done: int) -> None:
         student_prefix = "student."
@@ -272,9 +275,7 @@ class _Training:
         tensors |= {f"optimizer.{name}": value for name, value in state.items()}
         if self.ema is not None:
             tensors |= {f"ema.{name}": value for name, value in self.ema.average.items()}
-        if self.accelerator.scaler is not None:
-            self.store.scaler = self.accelerator.scaler.state_dict()
-        self.store.seconds_spent[self.name] = self._spent()
+        self._note()
         self.store.save(self.name, done, tensors)
 
     def _restore(self) -> int:

@@ -76,6 +76,17 @@ def test_detail_too_fine_for_the_view_is_averaged():
     torch.testing.assert_close(found, torch.full_like(found, 0.5), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("size", [(224, 448), (448, 224), (224, 224)], ids=str)
+def test_stripes_too_fine_for_one_axis_are_averaged_along_it(size):
+    """A period of 4 of 709 pixels is finer than two of the 224 pixels, whatever the other axis has."""
+    rows = (torch.arange(354) % 2).float().view(1, 1, 354, 1).expand(1, 1, 354, 709)
+    stripes = F.interpolate(rows, (709, 709), mode="bilinear")
+    image = stripes if size[0] == 224 else stripes.mT
+    found = cut(image, WHOLE, size)[..., 8:-8, 8:-8]
+    square = cut(image, WHOLE, (224, 224))[..., 8:-8, 8:-8]
+    assert found.std() < 1.1 * square.std() < 0.1
+
+
 # Boxes
 
 

@@ -12,6 +12,7 @@ import gspn2convert
 from gspn2_kernels.build import has_cuda, library_path
 from gspn2convert import session as module
 from gspn2convert.errors import UserError
+from gspn2convert.export import export_onnx
 from gspn2convert.providers import CPU, CUDA
 from gspn2convert.session import BODY, KERNEL, onnx_session
 from helpers.sessions import LIBRARY, built, compare, images
@@ -160,6 +161,11 @@ def test_other_image_models_run_too(tmp_path):
     described = session.describe()
     assert (described["line_scan"], described["line_scan_provider"]) == (None, None)
     assert described["inputs"] == ["x: fp32 (B, 3, ?, ?)"]
+
+
+def test_a_file_with_other_nodes_of_ours_has_no_line_scans(tmp_path, tiny_teacher):
+    export_onnx(tiny_teacher, tmp_path / "teacher.onnx")
+    assert onnx_session(tmp_path / "teacher.onnx").describe()["line_scan"] is None
 
 
 @pytest.mark.parametrize(

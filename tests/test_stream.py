@@ -135,6 +135,12 @@ def test_of_a_short_stream_a_fifth_is_held_out(make_stream) -> None:
     assert sorted(numbers_of(train(images, augment=None, batch_size=7, steps=1), 8)) == list(range(1, 8))
 
 
+def test_images_of_the_fit_do_not_depend_on_who_asked_for_the_length(make_stream) -> None:
+    untouched, asked = make_stream(count=60), make_stream(count=60)
+    assert len(asked) == 60
+    assert split_images(asked, FEW) == split_images(untouched, FEW)
+
+
 def test_a_resumed_run_does_not_read_again_what_lies_behind(make_stream, tmp_path) -> None:
     images = make_stream(count=60)
     whole = train(images, steps=9)

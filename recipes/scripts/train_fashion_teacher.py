@@ -33,6 +33,8 @@ from timm.models import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gspn2convert.processes import average_gradients
+
 log = logging.getLogger("train_fashion_teacher")
 
 ARCHITECTURE = "vit_tiny_patch16_224"
@@ -120,16 +122,6 @@ def start_as_if_trained(model: VisionTransformer) -> None:
         attention.proj.weight.copy_(right.T * size.sqrt())
 
 
-def share_gradients(model: nn.Module) -> None:
-    """Average the gradients over all processes."""
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
-    dist.all_reduce(flat)
-    flat /= dist.get_world_size()
-    parts = flat.split([gradient.numel() for gradient in gradients])
-    torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])
-
-
 def mixed_loss(model: nn.Module, images: Tensor, labels: Tensor, share: Tensor, smoothing: float) -> Tensor:
     """Return the mean cross entropy of images (B, 1, 28, 28) mixed with those of the batch in reverse order."""
     logits = model(torch.lerp(images.flip(0), images, share)).float()
@@ -171,7 +163,7 @@ def train(model: nn.Module, images: Tensor, labels: Tensor, arguments: argparse.
         last.copy_(loss.detach())
         loss.backward()
         if world > 1:
-            share_gradients(model)
+            average_gradients(model.parameters())
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         torch._foreach_lerp_(list(average.parameters()), [p.detach() for p in model.parameters()], 1 - 0.999)

@@ -123,6 +123,19 @@ def test_sigterm_saves_and_the_resumed_run_ends_with_the_same_bits(tmp_path, und
     assert_same_end(tmp_path, run, undisturbed)
 
 
+def test_how_often_is_saved_does_not_decide_the_scale_of_fp16(tmp_path):
+    """A stage begins with the scale with which the one before ended, not with that of its last checkpoint."""
+    ends = []
+    for every in (10**9, 5):
+        run = Run(tmp_path / str(every), every=every)
+        run.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0, growth_interval=2)
+        run.train_both()
+        ends.append((run.accelerator.scaler.get_scale(), run.student.state_dict()))
+    (scale, weights), (other_scale, others) = ends
+    assert scale == other_scale > 2.0
+    assert all(torch.equal(weights[name], others[name]) for name in weights)
+
+
 def test_handlers_are_put_back(tmp_path):
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     run = Run(tmp_path)
