@@ -100,6 +100,8 @@ def load_teacher(
 
 def _find(name: str) -> _Source:
     """Tell names, folders and hub repositories apart."""
+    if not name:
+        raise UserError("the teacher's name is empty; give demo, an alias such as vit_base, a timm ViT or a folder")
     if name == "demo":
         return _from_folder(DEMO)
     prefix, _, rest = name.partition(":")

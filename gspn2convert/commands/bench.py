@@ -41,7 +41,10 @@ def _show(document: Document, console: "Console") -> None:
 @options.folder_argument
 @click.option("--against", default="teacher", show_default=True, metavar="NAME", help="Its teacher, or any other ViT.")
 @click.option(
-    "--sizes", default="224,512", show_default=True, metavar="HxW,...", callback=options.read_sizes, help="In pixels."
+    "--sizes",
+    metavar="HxW,...",
+    callback=options.read_sizes,
+    help="In pixels; default: its own and twice that.",
 )
 @click.option("--batch-size", type=click.IntRange(1), default=1, show_default=True, help="Images per call.")
 @options.device_option
@@ -50,7 +53,7 @@ def _show(document: Document, console: "Console") -> None:
 def command(
     folder: Path,
     against: str,
-    sizes: tuple[options.Size, ...],
+    sizes: tuple[options.Size, ...] | None,
     batch_size: int,
     device: str,
     dtype: str,
@@ -63,6 +66,8 @@ def command(
 
     student = load(folder)
     name = None if against == "teacher" else against
+    height, width = student.patch_embed.img_size
+    sizes = sizes or ((height, width), (2 * height, 2 * width))
     # The time does not depend on the weights, so none are fetched.
     other = load_rival(student, folder, name, pretrained=False)
     setting: dict[str, Any] = {"device": pick_device(device), "dtype": dtype, "compiled": compiled}

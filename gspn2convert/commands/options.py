@@ -33,9 +33,9 @@ def read_size(context: click.Context, parameter: click.Parameter, value: Value) 
     return None if value is None else _size(value)
 
 
-def read_sizes(context: click.Context, parameter: click.Parameter, value: str) -> tuple[Size, ...]:
+def read_sizes(context: click.Context, parameter: click.Parameter, value: Value) -> tuple[Size, ...] | None:
     """Read several sizes with commas between them."""
-    return tuple(_size(part) for part in value.split(","))
+    return None if value is None else tuple(_size(part) for part in value.split(","))
 
 
 def read_numbers(context: click.Context, parameter: click.Parameter, value: Value) -> tuple[float, ...] | None:

@@ -11,8 +11,10 @@ import pytest
 from PIL import Image
 
 from gspn2convert.cli import explain
+from gspn2convert.errors import UserError
 from gspn2convert.image_files import open_files
 from gspn2convert.images import UnreadableImage
+from gspn2convert.teachers import load_teacher
 from helpers.command_line import PROGRAM, the_error
 
 
@@ -85,6 +87,18 @@ def test_a_config_that_was_changed_by_hand_is_told_by_its_field(place, tmp_path,
         result = run(line)
         assert result.exit_code == 2
         assert message in the_error(result)
+
+
+@pytest.mark.usefixtures("converted")
+def test_bench_takes_the_models_own_size_and_twice_that_unless_told_otherwise(run):
+    result = run("bench {}/student --against {}/teacher --json --device cpu")
+    sizes = [(one["height"], one["width"]) for one in json.loads(result.stdout)["sizes"]]
+    assert sizes == [(32, 32), (64, 64)]
+
+
+def test_a_teacher_without_a_name():
+    with pytest.raises(UserError, match="the teacher's name is empty; give demo, an alias such as vit_base"):
+        load_teacher("")
 
 
 @pytest.mark.parametrize("text", ["[]", "null", "[" * 100_000, '"x"'])
