@@ -72,9 +72,7 @@ def save_student(
         UserError: the folder cannot be written, or the disk is full.
     """
     folder = Path(folder)
-    path = Path(teacher.removeprefix("local-dir:"))
-    teacher = path.name if path.is_absolute() else teacher
-    config = _config(student, teacher, teacher_weights)
+    config = _config(student, public_name(teacher), teacher_weights)
     tensors = {name: value.detach().cpu().contiguous() for name, value in student.state_dict().items()}
     make_folder(folder)
     write_atomic(folder / WEIGHTS_FILE, safetensors.torch.save(tensors, metadata={"format": "pt"}))
@@ -83,6 +81,14 @@ def save_student(
     write_atomic(folder / "README.md", _card(config, metrics).encode())
     # Last, for timm takes a folder with a config.json for a whole one.
     write_atomic(folder / "config.json", _json(config))
+
+
+def public_name(name: str) -> str:
+    """A name for files that travel: the last part of a path says enough, and nothing of the machine."""
+    kind, _, place = name.partition(":")
+    if Path(place).is_absolute():  # of a teacher local-dir:, of data torch/NAME: and the like
+        return Path(place).name if kind == "local-dir" else f"{kind}:{Path(place).name}"
+    return Path(name).name if Path(name).is_absolute() else name
 
 
 def _config(student: Gspn2Vit, teacher: str, teacher_weights: str) -> dict[str, Any]:

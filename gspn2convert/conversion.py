@@ -7,12 +7,12 @@ import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 from timm.models import VisionTransformer
 
+from gspn2convert.artifact import public_name
 from gspn2convert.checkpoint import CheckpointStore
 from gspn2convert.convert import LayerReport, convert
 from gspn2convert.cost import count_parameters
@@ -281,11 +281,3 @@ def _stage_seed(seed: int, name: str) -> int:
     """Seed of a stage's order and views; each stage has its own."""
     number = _STAGE_SEEDS.get(name)
     return generator(seed, name).initial_seed() if number is None else 2 * seed + number
-
-
-def public_name(name: str) -> str:
-    """A name for files that travel: the last part of a path says enough, and nothing of the machine."""
-    kind, _, place = name.partition(":")
-    if Path(place).is_absolute():  # of a teacher local-dir:, of data torch/NAME: and the like
-        return Path(place).name if kind == "local-dir" else f"{kind}:{Path(place).name}"
-    return Path(name).name if Path(name).is_absolute() else name

@@ -55,7 +55,7 @@ def split_images(images: ImageSet, recipe: Recipe) -> tuple[Sequence[int], Seque
     if images.stream is None:
         return split_held_out(len(images), recipe.held_out, recipe.seed)
     held_out, wanted = recipe.held_out, recipe.held_out + recipe.fit.images
-    count = min(wanted, images.stream.keep(wanted))  # whoever asked for the length has more of them kept
+    count = images.stream.keep(wanted)
     if count < wanted:
         held_out = _number_held_out(count, held_out)
     return range(held_out, count), range(held_out)

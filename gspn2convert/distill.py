@@ -11,9 +11,9 @@ from typing import Any
 
 from timm.models import VisionTransformer
 
-from gspn2convert.artifact import check_output_folder, fingerprint, holds_files, origin, save_student
+from gspn2convert.artifact import check_output_folder, fingerprint, holds_files, origin, public_name, save_student
 from gspn2convert.checkpoint import CheckpointStore
-from gspn2convert.conversion import Conversion, public_name
+from gspn2convert.conversion import Conversion
 from gspn2convert.curriculum import check_sizes, stages_run, teacher_size, trained
 from gspn2convert.data import ImageSet, open_images, own_share
 from gspn2convert.differences import tell_differences

@@ -171,12 +171,11 @@ def _probe(
         learnt, labels = run.see(training)
         kept, told = _with_class(training, labels), _with_class(images, truth)
         labels, asked = labels[kept].to(run.device), _labels_of(training, images, truth[told]).to(run.device)
+        known = {name: torch.cat(one.features)[kept].to(run.device) for name, one in learnt.items()}
+        own = {name: one[told.to(run.device)] for name, one in features.items()}
         for figure in (figure for figure, one in wanted.items() if one is training):
-            score, scores = _PROBES[figure], {}
-            for name, own in features.items():
-                known = torch.cat(learnt[name].features)[kept].to(run.device)
-                scores[name] = score(known, labels, own[told.to(run.device)], asked)
-            result |= _both(figure, scores)
+            score = _PROBES[figure]
+            result |= _both(figure, {name: score(known[name], labels, own[name], asked) for name in known})
     return result
 
 

@@ -12,11 +12,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator
 
 from gspn2convert.artifact import check_output_folder, make_folder
 from gspn2convert.errors import UserError
+from gspn2convert.processes import anywhere
 
 
 @contextlib.contextmanager
@@ -41,8 +41,7 @@ def sole_writer(folder: Path, resume: bool, accelerator: Accelerator) -> Iterato
                 check_output_folder(folder, resume)
             except (UserError, OSError) as error:  # told to the other processes, which wait
                 refusal = error
-        refused = accelerator.reduce(torch.tensor(float(refusal is not None), device=accelerator.device))
-        if bool(refused):
+        if anywhere(refusal is not None, accelerator.device):
             raise refusal or UserError(f"the main process of this run cannot write to {folder}, and says why")
         yield
 

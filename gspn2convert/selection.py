@@ -22,6 +22,7 @@ from gspn2convert.held_out import HeldOut
 from gspn2convert.interrupt import Interrupted, StopWish
 from gspn2convert.keep import Auto
 from gspn2convert.model import Gspn2Vit, build_student
+from gspn2convert.processes import anywhere
 from gspn2convert.progress import Progress
 from gspn2convert.vit import attention_sites
 
@@ -196,8 +197,8 @@ class Selector:
         if self.accelerator.num_processes == 1:
             return figures, stop
         values = torch.tensor([*figures.values()], dtype=torch.float64, device=self.accelerator.device)
-        wishes = self.accelerator.reduce(torch.tensor(float(stop), device=self.accelerator.device))
-        return dict(zip(figures, broadcast(values).tolist(), strict=True)), bool(wishes)
+        stopping = anywhere(stop, self.accelerator.device)
+        return dict(zip(figures, broadcast(values).tolist(), strict=True)), stopping
 
     def _tell(self, record: dict[str, Any]) -> None:
         rank, chosen = record["ranked_by"], ", ".join(map(str, record["chosen"])) or "none"

@@ -115,7 +115,7 @@ class Stream:
                 "data %s: its first %d images are of %d of %d classes; give a mixed stream",
                 *(self.name, len(self._first), classes, known),
             )
-        return len(self._first)
+        return min(count, len(self._first))  # more are held if more were asked for before
 
     def rows(self, start: int = 0) -> Iterator[Row]:
         """Go through the stream from an index on to its end; what lies before is passed over, undecoded."""

@@ -5,10 +5,9 @@ import torch
 from safetensors.torch import load_file
 
 import gspn2convert
-from gspn2convert.conversion import public_name
+from gspn2convert.artifact import public_name
 from gspn2convert.convert import convert
 from gspn2convert.data import batches
-from gspn2convert.demo_data import DemoSource
 from gspn2convert.distill import Options, distill_student
 from gspn2convert.errors import UserError
 from gspn2convert.export import export_safetensors
@@ -16,6 +15,7 @@ from gspn2convert.images import ImageSet
 from gspn2convert.recipe import parse_recipe
 from gspn2convert.teachers import load_teacher
 from gspn2convert.vit import attention_sites, data_config
+from helpers.demo_part import Part
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -29,31 +29,14 @@ held_out: 12
 """
 
 
-class Some:
-    """The first demo images of a split."""
-
-    def __init__(self, split, count):
-        self.source, self.count = DemoSource(split), count
-        self.label_names = self.source.label_names
-
-    def __len__(self):
-        return self.count
-
-    def read(self, index):
-        return self.source.read(index)
-
-    def where(self, index):
-        return self.source.where(index)
-
-
 def distilled(output, recipe, **options):
-    sets = (ImageSet(name, Some(name, count), in_chans=1) for name, count in (("train", 70), ("test", 100)))
+    sets = (ImageSet(name, Part(name, count), in_chans=1) for name, count in (("train", 70), ("test", 100)))
     how = Options(output=output, device="cpu", quiet=True, **options)
     return distill_student(load_teacher("demo"), parse_recipe(recipe, "r"), *sets, how, teacher_name="demo")
 
 
 def top1(model, size):
-    images, config = ImageSet("test", Some("test", 100), in_chans=1), data_config(model) | {"input_size": (1, *size)}
+    images, config = ImageSet("test", Part("test", 100), in_chans=1), data_config(model) | {"input_size": (1, *size)}
     ((pixels, labels),) = batches(images, config, indices=range(100), batch_size=100, augment=None, seed=0)
     with torch.inference_mode():
         return (model(pixels).argmax(1) == labels).double().mean().item()

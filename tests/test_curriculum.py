@@ -28,6 +28,7 @@ from gspn2convert.supply import Supply
 from gspn2convert.teachers import load_teacher
 from gspn2convert.train import make_accelerator
 from gspn2convert.vit import data_config
+from helpers.demo_part import Part
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -44,26 +45,6 @@ held_out: 12
 """
 TARGETS = ["teacher", "reduced", "previous"]
 IN_A_STEP = 8
-
-
-class Part:
-    """Some of the demo images; the one at a chosen read ends the process as if a user did."""
-
-    def __init__(self, split, count, terminate_at_read=None):
-        self.source, self.count = DemoSource(split), count
-        self.label_names, self.reads, self.terminate_at_read = self.source.label_names, 0, terminate_at_read
-
-    def __len__(self):
-        return self.count
-
-    def read(self, index):
-        self.reads += 1
-        if self.reads == self.terminate_at_read:
-            signal.raise_signal(signal.SIGTERM)
-        return self.source.read(index)
-
-    def where(self, index):
-        return self.source.where(index)
 
 
 def climb(output, target, *, pictures=None, tests=20, recipe=RECIPE, **options):
