@@ -29,7 +29,8 @@ from gspn2_kernels.triton_prefix import read_kernel
 from gspn2_kernels.tuning import Plan, plan
 
 BATCH_STRIDES = ("sxb", "slb", "sab", "sub", "syb")
-INTEGERS = ("first", "last", "launch", "H", "W", "segment", *BATCH_STRIDES)
+INTEGERS = ("first", "last", "launch", "H", "W", "segment", "N", "T", "M", *BATCH_STRIDES)
+LEAST = 89  # of the capabilities with 99 KiB of shared memory for a program
 
 
 def main() -> None:
@@ -63,42 +64,30 @@ def shared_bytes() -> dict[int, int]:
     for channels, chosen in ((NARROW, PredictPlan()), (256, WIDE)):
         tile = {"TH": chosen.rows, "TW": chosen.columns, "BN": chosen.numbers, "BK": chosen.step, "NS": chosen.stages}
         constants = {"R": channels, "G": 1, "PLANES": channels // 16, "E": 16, "BL": FEWEST, **tile}
-        types = dict.fromkeys(predict_kernel.arg_names, "*bf16") | dict.fromkeys(("H", "W", "segment"), "i32")
-        types["weights"] = "*fp32"
-        types |= dict.fromkeys(constants, "constexpr")
-        aligned = {(i,): [["tt.divisibility", 16]] for i, t in enumerate(types.values()) if t.startswith("*")}
-        source = ASTSource(fn=predict_kernel, signature=types, constexprs=constants, attrs=aligned)
-        target = GPUTarget("cuda", 89, 32)
-        found[channels] = triton.compile(source, target=target, options={"num_warps": chosen.warps}).metadata.shared
+        types = {"weights": "*fp32"}
+        found[channels] = compiled(predict_kernel, constants, types, chosen.warps, LEAST).metadata.shared
     return found
 
 
 def wide_products() -> dict[str, dict[str, int]]:
     """Compile for 99 KiB of shared memory what needs most of it: the read of five prefix tokens, a merge of fp32."""
     read, (places, group) = prefix_plan(torch.bfloat16, 5, 12), prefix_group(5, 12)
-    merge = merge_plan.FP32
-    constants = {
-        read_kernel: {
-            **{"C": 768, "H": 12, "P": 5, "S": share_columns(5, 12), "SX": 768, "UX": 8, "BM": read.tokens},
-            **{"BC": read.channels, "HG": group, "PG": 8, "PR": places, "NB": 12, "NS": read.stages},
-        },
-        product_kernel: {
-            **{"C": 768, "K": 192, "S": 128, "BM": merge.patches, "BN": merge.channels, "BK": merge.step},
-            **{"BS": 128, "NS": merge.stages},
-        },
+    of_read = {
+        **{"C": 768, "H": 12, "P": 5, "S": share_columns(5, 12), "SX": 768, "UX": 8, "BM": read.tokens},
+        **{"BC": read.channels, "HG": group, "PG": 8, "PR": places, "NB": 12, "NS": read.stages},
     }
-    found = {}
-    for kernel, warps, kind in ((read_kernel, read.warps, "*bf16"), (product_kernel, merge.warps, "*fp32")):
-        types = dict.fromkeys(kernel.arg_names, kind) | dict.fromkeys(("N", "T", "sxb", "M"), "i32")
-        types |= dict.fromkeys(("statistics", "sums", "parts", "top", "total"), "*fp32")
-        types |= dict.fromkeys(("ratio", "inverse"), "fp32") | dict.fromkeys(constants[kernel], "constexpr")
-        signature = {name: types[name] for name in kernel.arg_names}
-        aligned = {(i,): [["tt.divisibility", 16]] for i, t in enumerate(signature.values()) if t.startswith("*")}
-        source = ASTSource(fn=kernel, signature=signature, constexprs=constants[kernel], attrs=aligned)
-        compiled = triton.compile(source, target=GPUTarget("cuda", 89, 32), options={"num_warps": warps})
-        stack = count(compiled.asm["cubin"])["STACK"]
-        found[kernel.__name__] = {"shared": compiled.metadata.shared, "STACK": stack}
-    return found
+    in_fp32 = dict.fromkeys(("statistics", "sums", "parts", "top", "total"), "*fp32")
+    merge = merge_plan.FP32
+    of_merge = {"C": 768, "K": 192, "S": 128, "BM": merge.patches, "BN": merge.channels, "BK": merge.step, "BS": 128}
+    of_merge["NS"] = merge.stages
+    types = dict.fromkeys(product_kernel.arg_names, "*fp32") | {"ratio": "fp32", "inverse": "fp32", "M": "i32"}
+    found = {
+        "read_kernel": compiled(read_kernel, of_read, in_fp32, read.warps, LEAST),
+        "product_kernel": compiled(product_kernel, of_merge, types, merge.warps, LEAST),
+    }
+    return {
+        name: {"shared": one.metadata.shared, "STACK": count(one.asm["cubin"])["STACK"]} for name, one in found.items()
+    }
 
 
 def gradients(strides: dict[str, int]) -> dict[str, int]:
@@ -110,21 +99,27 @@ def gradients(strides: dict[str, int]) -> dict[str, int]:
 def describe(kernel: triton.JITFunction, chosen: Plan, strides: dict[str, int]) -> dict[str, int]:
     """Count registers, bytes of stack and the instructions of the longest loop."""
     constants = {name: value for name, value in {**strides, **chosen._asdict()}.items() if name in kernel.arg_names}
-    types = {name: "*bf16" for name in kernel.arg_names}
-    types |= dict.fromkeys(INTEGERS, "i32") | {"state_scale": "fp32", "states": "*fp16"}
-    types |= {"scratch": "*fp32"} | ({"weights": "*fp32"} if chosen.APART else {})
-    types |= dict.fromkeys(constants, "constexpr")
-    signature = {name: types[name] for name in kernel.arg_names}
+    types = {"state_scale": "fp32", "states": "*fp16", "scratch": "*fp32"}
+    types |= {"weights": "*fp32"} if chosen.APART else {}
+    made = compiled(kernel, constants, types, chosen.WC, 90)
+    # The pass of the gradients has a plan only in name.
+    room = chosen.shared(2) - made.metadata.shared if "NS" in kernel.arg_names else 0
+    return count(made.asm["cubin"]) | {"room": room}
+
+
+def compiled(
+    kernel: triton.JITFunction, constants: dict[str, int], types: dict[str, str], warps: int, capability: int
+) -> triton.compiler.CompiledKernel:
+    """Compile a kernel of bf16 and 32-bit integers but for other types that are named; pointers are aligned."""
+    others = dict.fromkeys(INTEGERS, "i32") | types | dict.fromkeys(constants, "constexpr")
+    signature = {name: others.get(name, "*bf16") for name in kernel.arg_names}
     aligned = {
         (i,): [["tt.divisibility", 16]]
-        for i, name in enumerate(kernel.arg_names)
-        if signature[name].startswith("*") or (name in BATCH_STRIDES and name not in kernel.do_not_specialize)
+        for i, (name, kind) in enumerate(signature.items())
+        if kind.startswith("*") or (name in BATCH_STRIDES and name not in kernel.do_not_specialize)
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": chosen.WC})
-    # The pass of the gradients has a plan only in name.
-    room = chosen.shared(2) - compiled.metadata.shared if "NS" in kernel.arg_names else 0
-    return count(compiled.asm["cubin"]) | {"room": room}
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
 
 
 def count(cubin: bytes) -> dict[str, int]:
