@@ -11,12 +11,13 @@ walks the lines backwards.
 import torch
 from torch import Tensor
 
+from gspn2_kernels.operands import empty_result
 from gspn2_kernels.reference import state_dtype
 
 
 def line_scan_fwd(x: Tensor, lam: Tensor, logits: Tensor, u: Tensor, segment: int) -> Tensor:
     """Compute `gspn2::line_scan`; arguments and result as in `line_scan_ref`."""
-    y = torch.empty(lam.shape, dtype=x.dtype, device=x.device)
+    y = empty_result(x, lam)
     if y.numel() == 0:
         return y
     x, lam, u, y_groups = (_split_groups(t, logits) for t in (*_in_state_dtype(x, lam, u), y))

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from gspn2_kernels.eager import line_scan_bwd, line_scan_fwd
-from gspn2_kernels.operands import DTYPES, autocast_wanted, exporting, register_autocast
+from gspn2_kernels.operands import DTYPES, autocast_wanted, empty_result, exporting, register_autocast
 from gspn2_kernels.registration import define
 
 _log = logging.getLogger(__name__)
@@ -79,7 +79,8 @@ def line_scan(x: Tensor, lam: Tensor, logits: Tensor, u: Tensor, segment: int = 
         segment: Lines after which a scan restarts, counted in scan order; 0 for one scan over the whole grid.
 
     Returns:
-        u * h of each direction (B, H, W, 4, C), contiguous, in the dtype of x.
+        u * h of each direction (B, H, W, 4, C) in the dtype of x, contiguous; if lam is so with its directions moved to
+        the front, then as lam.
 
     Raises:
         ValueError: A shape, dtype or device does not fit; the message names the argument and what was expected.
@@ -100,8 +101,9 @@ def register_backend(
 ) -> None:
     """Run the op on one type of device, such as "cuda", with these two functions instead of plain torch.
 
-    `forward(x, lam, logits, u, segment)` returns y and `backward(dy, x, lam, logits, u, segment)` the gradients of
-    x, lam, logits and u. Both return new contiguous tensors in the dtype of x and read inputs of any strides. With
+    `forward(x, lam, logits, u, segment)` returns y, laid out as `operands.empty_result`, and
+    `backward(dy, x, lam, logits, u, segment)` the gradients of x, lam, logits and u, new and contiguous. All are in the
+    dtype of x, and inputs have any strides. With
     `training`, a forward whose gradients are wanted keeps states for the backward. fp64 always runs in plain torch.
     """
     _BACKENDS[device_type] = _Backend(name, forward, backward, training)
@@ -177,7 +179,7 @@ def _line_scan(x: Tensor, lam: Tensor, logits: Tensor, u: Tensor, segment: int) 
 @torch.library.register_fake("gspn2::line_scan")
 def _line_scan_fake(x: Tensor, lam: Tensor, logits: Tensor, u: Tensor, segment: int) -> Tensor:
     _check(x, lam, logits, u, segment)
-    return x.new_empty(lam.shape)
+    return empty_result(x, lam)
 
 
 @define(f"line_scan_train({_ARGUMENTS}) -> (Tensor y, Tensor states)")
@@ -189,7 +191,7 @@ def _line_scan_train(x: Tensor, lam: Tensor, logits: Tensor, u: Tensor, segment:
 @torch.library.register_fake("gspn2::line_scan_train")
 def _line_scan_train_fake(x: Tensor, lam: Tensor, logits: Tensor, u: Tensor, segment: int) -> tuple[Tensor, Tensor]:
     _check(x, lam, logits, u, segment)
-    return x.new_empty(lam.shape), _training(x).empty_states(x)
+    return empty_result(x, lam), _training(x).empty_states(x)
 
 
 def _training(x: Tensor) -> Training:

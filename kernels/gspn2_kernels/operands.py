@@ -14,6 +14,21 @@ _TRITON = importlib.util.find_spec("triton") is not None
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
+def empty_result(x: Tensor, lam: Tensor) -> Tensor:
+    """Make the tensor that the scans write, in the memory layout of lam where that has the directions outermost.
+
+    Args:
+        x: (B, H, W, C).
+        lam: (B, H, W, 4, C).
+
+    Returns:
+        (B, H, W, 4, C) in the dtype of x, contiguous, or contiguous with the directions moved to the front.
+    """
+    if lam.movedim(3, 0).is_contiguous():
+        return x.new_empty(4, *x.shape).movedim(0, 3)
+    return x.new_empty(lam.shape)
+
+
 def by_triton(t: Tensor) -> bool:
     """Tell whether kernels run on this tensor: not in an export, whose result shall run anywhere."""
     return t.is_cuda and t.dtype != torch.float64 and _TRITON and not (exporting() or torch.onnx.is_in_onnx_export())

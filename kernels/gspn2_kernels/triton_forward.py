@@ -24,19 +24,19 @@ from gspn2_kernels.triton_tiles import (
 
 @triton.jit(do_not_specialize=SIZES)
 def line_scan_fwd_kernel(
-    x, lam, weights, u, y, states, scratch, first, last, launch, H, W, segment, state_scale, sxb, slb, sab, sub,
+    x, lam, weights, u, y, states, scratch, first, last, launch, H, W, segment, state_scale, sxb, slb, sab, sub, syb,
     C: tl.constexpr, GC: tl.constexpr, SX: tl.constexpr, SL: tl.constexpr, SLD: tl.constexpr, SA: tl.constexpr,
-    SAD: tl.constexpr, SAG: tl.constexpr, SU: tl.constexpr, SUD: tl.constexpr, SAVE: tl.constexpr, WC: tl.constexpr,
-    GRID: tl.constexpr, CL: tl.constexpr, BC: tl.constexpr, P: tl.constexpr, NS: tl.constexpr, AHEAD: tl.constexpr,
-    APART: tl.constexpr,
+    SAD: tl.constexpr, SAG: tl.constexpr, SU: tl.constexpr, SUD: tl.constexpr, SY: tl.constexpr, SYD: tl.constexpr,
+    SAVE: tl.constexpr, WC: tl.constexpr, GRID: tl.constexpr, CL: tl.constexpr, BC: tl.constexpr, P: tl.constexpr,
+    NS: tl.constexpr, AHEAD: tl.constexpr, APART: tl.constexpr,
 ):  # fmt: skip
     """Scan lines `first` to `last` of one direction of one image: program (channels and segment, direction, image).
 
-    x, lam, weights and u have batch strides s?b; S? are the strides of a pixel, S?D of a direction, SAG of a group of
-    GC channels. `weights` are logits, or with APART what `line_weights` makes of them, whose strides follow from the
-    sizes. So do those of planes (see `_planes`), in which lam times x, called lam, and u lie if there is no x. y is
-    contiguous. With SAVE, the states times state_scale go to `states` (B, 4, T, M, C), line by line. Where GRID is
-    above 1, `scratch` holds 2 max(H, W) C numbers, C rounded up, a direction and image.
+    x, lam, weights, u and y have batch strides s?b; S? are the strides of a pixel, S?D of a direction, SAG of a group
+    of GC channels. `weights` are logits, or with APART what `line_weights` makes of them, whose strides follow from
+    the sizes. So do those of planes (see `_planes`), in which lam times x, called lam, and u lie if there is no x. With
+    SAVE, the states times state_scale go to `states` (B, 4, T, M, C), line by line. Where GRID is above 1, `scratch`
+    holds 2 max(H, W) C numbers, C rounded up, a direction and image.
     AHEAD reads a line one step before it is used: a warp that is alone then waits less, and holds more.
     """
     i_d, i_b = tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -57,7 +57,7 @@ def line_scan_fwd_kernel(
         p_x = x + i_b * sxb + (o_pixel * SX)[:, None] + o_v
         p_l = lam + i_b * slb + i_d * SLD + (o_pixel * SL)[:, None] + o_v
         p_u = u + i_b * sub + i_d * SUD + (o_pixel * SU)[:, None] + o_v
-    p_y = y + i_b * (H * W * 4 * C) + i_d * C + (o_pixel * (4 * C))[:, None] + o_v
+    p_y = y + i_b * syb + i_d * SYD + (o_pixel * SY)[:, None] + o_v
     p_s = states + (i_b * 4 + i_d) * (H * W * C) + (o_q * C)[:, None] + o_v
     p_h = handed_on(scratch, i_b * 4 + i_d, H, W, GRID, CL, BC)
     b_h = zeros(WC, BC, P)
@@ -66,7 +66,7 @@ def line_scan_fwd_kernel(
             b_h = get(p_h, launch % 2, M, origin, WC, CL, BC, P)
     _lines(
         b_h, first, tl.minimum(last, T), segment, state_scale, step, across, steps, w_step, M, p_x, p_l, p_u, p_w,
-        p_y, p_s, p_h, (launch + 1) % 2, origin, o_q, low, tl.minimum(low + own, M), C, SX, SL, SU, SA, SAVE,
+        p_y, p_s, p_h, (launch + 1) % 2, origin, o_q, low, tl.minimum(low + own, M), C, SX, SL, SU, SA, SY, SAVE,
         WC, GRID, CL, BC, P, NS, AHEAD, APART,
     )  # fmt: skip
 
@@ -90,8 +90,8 @@ def _planes(
 def _lines(
     b_h, first, last, segment, state_scale, step, across, steps, w_step, M, p_x, p_l, p_u, p_w, p_y, p_s, p_h, buffer,
     origin, o_q, low, high, C: tl.constexpr, SX: tl.constexpr, SL: tl.constexpr, SU: tl.constexpr, SA: tl.constexpr,
-    SAVE: tl.constexpr, WC: tl.constexpr, GRID: tl.constexpr, CL: tl.constexpr, BC: tl.constexpr, P: tl.constexpr,
-    NS: tl.constexpr, AHEAD: tl.constexpr, APART: tl.constexpr,
+    SY: tl.constexpr, SAVE: tl.constexpr, WC: tl.constexpr, GRID: tl.constexpr, CL: tl.constexpr, BC: tl.constexpr,
+    P: tl.constexpr, NS: tl.constexpr, AHEAD: tl.constexpr, APART: tl.constexpr,
 ):  # fmt: skip
     """Scan lines for which a segment needs nothing from its neighbours."""
     if AHEAD:
@@ -105,7 +105,7 @@ def _lines(
                          SX, SL, SU, SA, 0, WC, GRID, P, APART)  # fmt: skip
         b_h = _advance(
             b_h, line if AHEAD else read, i * step, i * M, across, state_scale, p_y, p_s, o_q, low, high,
-            C, SAVE, WC, GRID, CL, BC, P,
+            C, SY, SAVE, WC, GRID, CL, BC, P,
         )  # fmt: skip
         # In the loop: for states that are used after it LLVM keeps two copies, and computes both.
         if GRID > 1:
@@ -117,8 +117,8 @@ def _lines(
 
 @triton.jit
 def _advance(
-    b_h, line, o_line, o_state, across, state_scale, p_y, p_s, o_q, low, high, C: tl.constexpr, SAVE: tl.constexpr,
-    WC: tl.constexpr, GRID: tl.constexpr, CL: tl.constexpr, BC: tl.constexpr, P: tl.constexpr,
+    b_h, line, o_line, o_state, across, state_scale, p_y, p_s, o_q, low, high, C: tl.constexpr, SY: tl.constexpr,
+    SAVE: tl.constexpr, WC: tl.constexpr, GRID: tl.constexpr, CL: tl.constexpr, BC: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """Take the states of one line to the next, and write u * h."""
     h_before, h_after = neighbour(b_h[P - 1], True, WC, CL, BC), neighbour(b_h[0], False, WC, CL, BC)
@@ -138,6 +138,6 @@ def _advance(
         if SAVE:
             tl.store(p_s + (o_state + p) * C, (b_t * state_scale).to(p_s.dtype.element_ty), mask=m_own)
         b_y = b_t * line[5 * p + 4]
-        tl.store(p_y + (o_line + p * across) * (4 * C), b_y.to(p_y.dtype.element_ty), mask=m_own)
+        tl.store(p_y + (o_line + p * across) * SY, b_y.to(p_y.dtype.element_ty), mask=m_own)
         b_new = b_new + (b_t,)
     return b_new

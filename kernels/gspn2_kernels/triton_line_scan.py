@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gspn2_kernels.memory import by_pixel, cdiv, power_of_2, shared_memory
+from gspn2_kernels.operands import empty_result
 from gspn2_kernels.triton_backward import line_scan_bwd_kernel
 from gspn2_kernels.triton_forward import line_scan_fwd_kernel
 from gspn2_kernels.triton_gradients import gradients_kernel
@@ -59,7 +60,7 @@ def _forward(
     x: Tensor, lam: Tensor, logits: Tensor, u: Tensor, segment: int, states: Tensor | None, chosen: Plan | None
 ) -> Tensor:
     batch, height, width, channels = x.shape
-    y = torch.empty(lam.shape, dtype=x.dtype, device=x.device)
+    y = empty_result(x, lam)
     if y.numel() == 0:
         return y
     chosen = chosen or _table(x, logits, "forward" if states is None else "train")
@@ -96,11 +97,12 @@ def scan_forward(
     # Those of planes follow from the sizes.
     by_image = [0, 0, 0] if x is None else [t.stride(0) for t in (x, lam, u)]
     by_image.insert(2, _between_images(weights, chosen))
+    constants = {**constants, "SY": y.stride(2), "SYD": y.stride(3)}
     scratch = _scratch(shape, chosen, y.device)
     for launch, first, last in _launches(shape, chosen):
         line_scan_fwd_kernel[_grid(shape, chosen)](
             *inputs, y, y if states is None else states, scratch, first, last, launch, height, width,
-            segment or height + width, 1 / _state_scale(y), *by_image, C=channels, SAVE=states is not None,
+            segment or height + width, 1 / _state_scale(y), *by_image, y.stride(0), C=channels, SAVE=states is not None,
             num_warps=chosen.WC, **constants, **chosen._asdict(),
         )  # fmt: skip
 

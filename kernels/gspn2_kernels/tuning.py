@@ -71,6 +71,7 @@ class Rule(NamedTuple):
         stages: Stages of the pipeline.
         ahead: Read a line ahead.
         apart: Normalise logits in a launch of their own.
+        pixel: Bytes of the channels of a pixel at most.
     """
 
     positions: int
@@ -82,6 +83,7 @@ class Rule(NamedTuple):
     stages: int
     ahead: bool = False
     apart: bool = True
+    pixel: int = 1 << 30
 
 
 ENDLESS = 1 << 30
@@ -96,6 +98,8 @@ MIDDLE, LARGE, LONG = (
     Rule(160, 0, 0, 8, 16, 8, 3),
     Rule(ENDLESS, 64, 32, 8, 16, 8, 4),
 )
+# Segments of few channels may be longer if all multiprocessors have one even so: fewer bytes of halos.
+LONG_AND_NARROW = Rule(ENDLESS, 256, 32, 2, 16, 8, 4, pixel=32)
 # Of single images.
 SMALL_OF_SOME, LARGE_OF_SOME = Rule(64, 0, 0, 2, 16, 4, 4, ahead=True), Rule(256, 32, 16, 1, 16, 1, 4, ahead=True)
 LONG_OF_FEW, LONG_OF_SOME = (
@@ -103,6 +107,7 @@ LONG_OF_FEW, LONG_OF_SOME = (
     Rule(ENDLESS, 16, 24, 1, 16, 1, 4, ahead=True),
 )
 FORWARD: Rules = (
+    (1024, (SHORT, SMALL, MIDDLE, LARGE, LONG_AND_NARROW, LONG)),
     (256, (SHORT, SMALL, MIDDLE, LARGE, LONG)),
     (64, (SMALL_OF_SOME, LARGE_OF_SOME, Rule(ENDLESS, 32, 48, 1, 8, 4, 4, ahead=True))),
     (0, (Rule(128, 0, 0, 1, 16, 1, 4, ahead=True), LONG_OF_FEW)),
@@ -153,7 +158,7 @@ def plan(
     """
     positions = max(height, width)
     for least, rules in RULES[kernel]:
-        rule = next(rule for rule in rules if positions <= rule.positions)
+        rule = next(r for r in rules if positions <= r.positions and channels * itemsize <= r.pixel)
         chosen = _fit(rule, positions, channels, groups, itemsize, shared)
         if 4 * batch * chosen.GRID * chosen.WC * -(-channels // chosen.tile) >= least:
             break

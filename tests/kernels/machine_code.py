@@ -38,6 +38,9 @@ def main() -> None:
     shape = (32, 74, 74, 64, 1, 2)
     forward, train, backward = plan(*shape), plan(*shape, "train"), plan(*shape, "backward")
     strides = {"C": 64, "GC": 64, "SX": 64, "SL": 256, "SLD": 64, "SU": 256, "SUD": 64, "SA": 16, "SAD": 4, "SAG": 4}
+    strides |= {"SY": 256, "SYD": 64}
+    of_planes = {**strides, **dict.fromkeys(("SX", "SLD", "SUD", "SA", "SAD", "SAG"), 0), "SL": 64, "SU": 64}
+    of_planes |= {"SAVE": False, "x": None}
     print(
         json.dumps(
             {
@@ -45,13 +48,9 @@ def main() -> None:
                 "wide": wide_products(),
                 "infer": describe(line_scan_fwd_kernel, forward, {**strides, "SAVE": False}),
                 "train": describe(line_scan_fwd_kernel, train, {**strides, "SAVE": True}),
-                "planes": describe(
-                    line_scan_fwd_kernel,
-                    plan(*shape, "planes")._replace(APART=True),
-                    {**dict.fromkeys(strides, 0), "C": 64, "GC": 64, "SL": 64, "SU": 64, "SAVE": False, "x": None},
-                ),
+                "planes": describe(line_scan_fwd_kernel, plan(*shape, "planes")._replace(APART=True), of_planes),
                 "few warps": describe(line_scan_fwd_kernel, plan(1, 64, 64, 32, 1, 2), {**strides, "SAVE": False}),
-                "backward": describe(line_scan_bwd_kernel, backward, {**strides, "SY": 256, "SYD": 64}),
+                "backward": describe(line_scan_bwd_kernel, backward, strides),
                 "gradients": gradients(strides),
             }
         )
@@ -92,7 +91,7 @@ def wide_products() -> dict[str, dict[str, int]]:
 
 def gradients(strides: dict[str, int]) -> dict[str, int]:
     """Compile the pass that makes the gradients, 8 pixels of 64 channels a program."""
-    tile = {"G": 1, "TH": 2, "TW": 4, "BG": 1, "SY": 256, "SYD": 64}
+    tile = {"G": 1, "TH": 2, "TW": 4, "BG": 1}
     return describe(gradients_kernel, Plan(WC=2, GRID=1, CL=1, BC=64, P=1, NS=1), {**strides, **tile})
 
 

@@ -56,6 +56,20 @@ def test_op_is_the_reference(shape, groups: int, segment: int, dtype: torch.dtyp
         assert_close(name, ref, out)
 
 
+@pytest.mark.parametrize("shape", [(2, 3, 5, 4), (1, 1, 1, 2), (2, 0, 3, 4)], ids=str)
+def test_planes_in_planes_out(shape) -> None:
+    """Where lam has the directions outermost in memory, so has y."""
+    x, lam, logits, u = random_inputs(shape)
+    inputs = (x, lam.movedim(3, 0).contiguous().movedim(0, 3), logits, u)
+    dy = torch.randn(lam.shape, generator=torch.Generator().manual_seed(1))
+    expected = with_gradients(line_scan_ref, [t.double() for t in inputs], dy.double(), 2)
+    y, *gradients = with_gradients(line_scan, inputs, dy, 2)
+    assert y.movedim(3, 0).is_contiguous()
+    for name, ref, out in zip(NAMES, expected, (y, *gradients), strict=True):
+        assert_close(name, ref, out)
+    torch.library.opcheck(torch.ops.gspn2.line_scan.default, (*(t.detach().requires_grad_() for t in inputs), 2))
+
+
 def test_gradient_of_the_logits_on_a_long_scan() -> None:
     """The state grows far above the differences of neighbours that this gradient lives on.
 

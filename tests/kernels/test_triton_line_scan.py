@@ -62,11 +62,12 @@ def reference(inputs, dy: Tensor, segment: int) -> tuple[Tensor, ...]:
     return (y.detach(), *torch.autograd.grad(y, inputs, dy.double(), materialize_grads=True))
 
 
-def check(expected, actual, dtype: torch.dtype) -> None:
+def check(expected, actual, dtype: torch.dtype, *, planar: bool = False) -> None:
+    """Compare with fp64; all are contiguous, y with the directions outermost if `planar`."""
     forward, gradients = TOLERANCES[dtype]
     for name, ref, out in zip(NAMES, expected, actual, strict=True):
         assert out.dtype == dtype
-        assert out.is_contiguous()
+        assert (out.movedim(3, 0) if planar and name == "y" else out).is_contiguous()
         assert_close(name, ref, out, forward if name == "y" else gradients)
 
 
@@ -123,7 +124,16 @@ def test_weights_of_extreme_logits(level: float) -> None:
 def test_strides_of_the_inputs_do_not_matter(make) -> None:
     inputs = make(*draw((1, 4, 3, 8))[0])
     dy = torch.ones(()).to(DEVICE).expand(inputs[1].shape)
-    check(reference(inputs, dy, 0), run(inputs, dy, 0, Plan(1, 1, 2, 4, 1, 3)), torch.float32)
+    planar = inputs[1].stride(3) == 4 * 3 * 8  # and of no other of these layouts
+    check(reference(inputs, dy, 0), run(inputs, dy, 0, Plan(1, 1, 2, 4, 1, 3)), torch.float32, planar=planar)
+
+
+def test_planes_of_several_images_and_segments() -> None:
+    """Strides of y between images and between directions, across launches."""
+    (x, lam, logits, u), dy = draw((3, 9, 6, 4))
+    inputs = (x, *(t.movedim(3, 0).contiguous().movedim(0, 3) for t in (lam, logits, u)))
+    dy = dy.movedim(3, 0).contiguous().movedim(0, 3)
+    check(reference(inputs, dy, 4), run(inputs, dy, 4, Plan(1, 4, 1, 4, 1, 3)), torch.float32, planar=True)
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 4, 2), (2, 0, 4, 2), (2, 3, 0, 2)], ids=str)
