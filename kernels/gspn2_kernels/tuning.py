@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 LANES = 32
+ENDLESS = 1 << 30
 # Bytes of shared memory that a program has on an H100.
 SHARED = 227 * 1024
 
@@ -83,10 +84,9 @@ class Rule(NamedTuple):
     stages: int
     ahead: bool = False
     apart: bool = True
-    pixel: int = 1 << 30
+    pixel: int = ENDLESS
 
 
-ENDLESS = 1 << 30
 # Each by the number of warps at least, shortest lines first; chosen on H200s with kernels/benchmarks/tune.py. With few
 # warps the time goes by the number of steps: lanes that hold less and take them faster pay, as do programs of one warp,
 # which wait for no other.
