@@ -15,6 +15,10 @@ class RecipeError(UserError):
     """A recipe cannot be read; the message names the place, for example `recipe.align.lr`."""
 
 
+class SizeError(UserError):
+    """A model cannot take images of the size asked for."""
+
+
 def is_disk_full(error: OSError) -> bool:
     """Whether something could not be written for want of space, on the disk or in the user's quota."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT)

@@ -20,7 +20,7 @@ from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_
 from torch import Tensor, nn
 
 from gspn2_kernels import layer_norm
-from gspn2convert.errors import UserError
+from gspn2convert.errors import SizeError, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -153,11 +153,11 @@ def grid_size(vit: VisionTransformer, height: int, width: int) -> tuple[int, int
     """Patches H, W of an image of height x width pixels.
 
     Raises:
-        UserError: the size is no multiple of the patch, or not the one size that the model takes.
+        SizeError: the size is no multiple of the patch, or not the one size that the model takes.
     """
     patch, fixed = vit.patch_embed.patch_size, vit.patch_embed.img_size
     if vit.patch_embed.strict_img_size and (height, width) != tuple(fixed):
-        raise UserError(
+        raise SizeError(
             f"image size {height}x{width} given, but the model takes {fixed[0]}x{fixed[1]} alone; "
             "build it with dynamic_img_size=True, or call set_input_size"
         )
@@ -165,7 +165,7 @@ def grid_size(vit: VisionTransformer, height: int, width: int) -> tuple[int, int
     if min(height, width) < 1 or any(size % p for size, p in sizes) and not vit.patch_embed.dynamic_img_pad:
         near = [sorted({max(size // p, 1) * p, (size // p + 1) * p}) for size, p in sizes]
         use = " or ".join(map(str, near[0])) + ("" if near[0] == near[1] else " by " + " or ".join(map(str, near[1])))
-        raise UserError(f"image size {height}x{width} is no multiple of the patch {patch[0]}x{patch[1]}; use {use}")
+        raise SizeError(f"image size {height}x{width} is no multiple of the patch {patch[0]}x{patch[1]}; use {use}")
     rows, columns = vit.patch_embed.dynamic_feat_size((height, width))
     return int(rows), int(columns)
 

@@ -1,11 +1,13 @@
 """The benchmark's arithmetic against numbers by hand, and one real run."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
 from gspn2convert.bench import bench, crossover
+from gspn2convert.commands.models import load_rival
 from gspn2convert.errors import UserError
 from gspn2convert.model import build_student
 
@@ -61,3 +63,9 @@ def test_a_model_that_computes_nan_is_not_timed(student, tiny_teacher):
 def test_a_size_that_is_no_multiple_of_the_patch_is_refused(student, tiny_teacher):
     with pytest.raises(UserError, match="30x48"):
         bench(student, tiny_teacher, [(32, 48), (30, 48)], device=torch.device("cpu"))
+
+
+def test_a_teacher_that_cannot_take_the_students_size_is_told_whose_size(student):
+    # The student takes 32 x 32, which is no multiple of 14.
+    with pytest.raises(UserError, match=r"is no multiple of the patch 14x14.* \(dinov2_small .* OUT's size\)"):
+        load_rival(student, Path("OUT"), "dinov2_small", pretrained=False)

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gspn2convert.errors import UserError
+from gspn2convert.errors import SizeError, UserError
 
 if TYPE_CHECKING:
     from timm.models import VisionTransformer
@@ -60,7 +60,7 @@ def load_rival(
     try:
         rival = load_teacher(own, weights=weights, img_size=size, pretrained=pretrained)
     except UserError as error:
-        if name and str(error).startswith("image size"):
+        if name and isinstance(error, SizeError):
             raise UserError(f"{error} ({name} would have to take images of {folder}'s size)") from error
         hint = f" ({folder} says that it came from this teacher; say on the command line where it is)"
         raise UserError(f"{error}{'' if name else hint}") from error
