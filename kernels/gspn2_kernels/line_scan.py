@@ -79,8 +79,8 @@ def line_scan(x: Tensor, lam: Tensor, logits: Tensor, u: Tensor, segment: int = 
         segment: Lines after which a scan restarts, counted in scan order; 0 for one scan over the whole grid.
 
     Returns:
-        u * h of each direction (B, H, W, 4, C) in the dtype of x, contiguous; if lam is so with its directions moved to
-        the front, then as lam.
+        u * h of each direction (B, H, W, 4, C) in the dtype of x: contiguous, or in planes of one direction if lam is,
+        without gaps.
 
     Raises:
         ValueError: A shape, dtype or device does not fit; the message names the argument and what was expected.

@@ -22,11 +22,22 @@ def empty_result(x: Tensor, lam: Tensor) -> Tensor:
         lam: (B, H, W, 4, C).
 
     Returns:
-        (B, H, W, 4, C) in the dtype of x, contiguous, or contiguous with the directions moved to the front.
+        (B, H, W, 4, C) in the dtype of x: contiguous, or in planes of one direction if lam is, without gaps.
     """
-    if lam.movedim(3, 0).is_contiguous():
-        return x.new_empty(4, *x.shape).movedim(0, 3)
+    batch, height, width, channels = x.shape
+    planes = (height * width * channels, width * channels, channels, batch * height * width * channels, 1)
+    if all(_surely(a == b) for a, b in zip(lam.stride(), planes, strict=True)):
+        return x.new_empty_strided(lam.shape, planes)
     return x.new_empty(lam.shape)
+
+
+def _surely(condition: bool | torch.SymBool) -> bool:  # noqa: FBT001
+    """Decide a condition on sizes, False where it depends on data: sizes of a mask's result are not known ahead."""
+    if isinstance(condition, bool):
+        return condition
+    from torch.fx.experimental.symbolic_shapes import guard_or_false  # slow to import
+
+    return bool(guard_or_false(condition))
 
 
 def by_triton(t: Tensor) -> bool:

@@ -24,7 +24,7 @@ from gspn2_kernels.triton_tiles import (
 
 @triton.jit(do_not_specialize=SIZES)
 def line_scan_fwd_kernel(
-    x, lam, weights, u, y, states, scratch, first, last, launch, H, W, segment, state_scale, sxb, slb, sab, sub, syb,
+    x, lam, weights, u, y, states, scratch, first, last, launch, H, W, segment, state_scale, sxb, slb, sab, sub,
     C: tl.constexpr, GC: tl.constexpr, SX: tl.constexpr, SL: tl.constexpr, SLD: tl.constexpr, SA: tl.constexpr,
     SAD: tl.constexpr, SAG: tl.constexpr, SU: tl.constexpr, SUD: tl.constexpr, SY: tl.constexpr, SYD: tl.constexpr,
     SAVE: tl.constexpr, WC: tl.constexpr, GRID: tl.constexpr, CL: tl.constexpr, BC: tl.constexpr, P: tl.constexpr,
@@ -32,11 +32,11 @@ def line_scan_fwd_kernel(
 ):  # fmt: skip
     """Scan lines `first` to `last` of one direction of one image: program (channels and segment, direction, image).
 
-    x, lam, weights, u and y have batch strides s?b; S? are the strides of a pixel, S?D of a direction, SAG of a group
-    of GC channels. `weights` are logits, or with APART what `line_weights` makes of them, whose strides follow from
-    the sizes. So do those of planes (see `_planes`), in which lam times x, called lam, and u lie if there is no x. With
-    SAVE, the states times state_scale go to `states` (B, 4, T, M, C), line by line. Where GRID is above 1, `scratch`
-    holds 2 max(H, W) C numbers, C rounded up, a direction and image.
+    x, lam, weights and u have batch strides s?b; S? are the strides of a pixel, S?D of a direction, SAG of a group of
+    GC channels. `weights` are logits, or with APART what `line_weights` makes of them, whose strides follow from the
+    sizes. So do those of planes (see `_planes`), in which lam times x, called lam, and u lie if there is no x. Pixels
+    of y follow each other through the images. With SAVE, the states times state_scale go to `states` (B, 4, T, M, C),
+    line by line. Where GRID is above 1, `scratch` holds 2 max(H, W) C numbers, C rounded up, a direction and image.
     AHEAD reads a line one step before it is used: a warp that is alone then waits less, and holds more.
     """
     i_d, i_b = tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -57,7 +57,7 @@ def line_scan_fwd_kernel(
         p_x = x + i_b * sxb + (o_pixel * SX)[:, None] + o_v
         p_l = lam + i_b * slb + i_d * SLD + (o_pixel * SL)[:, None] + o_v
         p_u = u + i_b * sub + i_d * SUD + (o_pixel * SU)[:, None] + o_v
-    p_y = y + i_b * syb + i_d * SYD + (o_pixel * SY)[:, None] + o_v
+    p_y = y + i_b * (H * W * SY) + i_d * SYD + (o_pixel * SY)[:, None] + o_v
     p_s = states + (i_b * 4 + i_d) * (H * W * C) + (o_q * C)[:, None] + o_v
     p_h = handed_on(scratch, i_b * 4 + i_d, H, W, GRID, CL, BC)
     b_h = zeros(WC, BC, P)

@@ -102,7 +102,7 @@ def scan_forward(
     for launch, first, last in _launches(shape, chosen):
         line_scan_fwd_kernel[_grid(shape, chosen)](
             *inputs, y, y if states is None else states, scratch, first, last, launch, height, width,
-            segment or height + width, 1 / _state_scale(y), *by_image, y.stride(0), C=channels, SAVE=states is not None,
+            segment or height + width, 1 / _state_scale(y), *by_image, C=channels, SAVE=states is not None,
             num_warps=chosen.WC, **constants, **chosen._asdict(),
         )  # fmt: skip
 

@@ -72,7 +72,7 @@ class Rule(NamedTuple):
         stages: Stages of the pipeline.
         ahead: Read a line ahead.
         apart: Normalise logits in a launch of their own.
-        pixel: Bytes of the channels of a pixel at most.
+        pixel: Bytes of a pixel's channels at most, times the groups: of more groups a lane holds fewer channels.
     """
 
     positions: int
@@ -158,7 +158,7 @@ def plan(
     """
     positions = max(height, width)
     for least, rules in RULES[kernel]:
-        rule = next(r for r in rules if positions <= r.positions and channels * itemsize <= r.pixel)
+        rule = next(r for r in rules if positions <= r.positions and channels * groups * itemsize <= r.pixel)
         chosen = _fit(rule, positions, channels, groups, itemsize, shared)
         if 4 * batch * chosen.GRID * chosen.WC * -(-channels // chosen.tile) >= least:
             break

@@ -56,11 +56,15 @@ def test_op_is_the_reference(shape, groups: int, segment: int, dtype: torch.dtyp
         assert_close(name, ref, out)
 
 
+def planar(t: Tensor) -> Tensor:
+    return t.movedim(3, 0).contiguous().movedim(0, 3)
+
+
 @pytest.mark.parametrize("shape", [(2, 3, 5, 4), (1, 1, 1, 2), (2, 0, 3, 4)], ids=str)
 def test_planes_in_planes_out(shape) -> None:
     """Where lam has the directions outermost in memory, so has y."""
     x, lam, logits, u = random_inputs(shape)
-    inputs = (x, lam.movedim(3, 0).contiguous().movedim(0, 3), logits, u)
+    inputs = (x, planar(lam), logits, u)
     dy = torch.randn(lam.shape, generator=torch.Generator().manual_seed(1))
     expected = with_gradients(line_scan_ref, [t.double() for t in inputs], dy.double(), 2)
     y, *gradients = with_gradients(line_scan, inputs, dy, 2)
@@ -68,6 +72,28 @@ def test_planes_in_planes_out(shape) -> None:
     for name, ref, out in zip(NAMES, expected, (y, *gradients), strict=True):
         assert_close(name, ref, out)
     torch.library.opcheck(torch.ops.gspn2.line_scan.default, (*(t.detach().requires_grad_() for t in inputs), 2))
+
+
+@pytest.mark.parametrize("layout", [Tensor.contiguous, planar], ids=["pixels", "planes"])
+@pytest.mark.parametrize("shape", [(2, 3, 5, 4), (1, 1, 1, 2), (0, 2, 3, 4)], ids=str)
+def test_result_may_be_changed_in_place(shape, layout) -> None:
+    x, lam, logits, u = random_inputs(shape)
+    y = line_scan(x.requires_grad_(), layout(lam), logits, u)
+    expected = 2 * y.detach()
+    assert torch.equal(y.mul_(2), expected)
+
+
+@pytest.mark.parametrize("layout", [Tensor.contiguous, planar], ids=["pixels", "planes"])
+def test_export_of_a_number_of_images_that_depends_on_data(layout) -> None:
+    class Chosen(torch.nn.Module):
+        def forward(self, x: Tensor, lam: Tensor, logits: Tensor, u: Tensor, which: Tensor) -> Tensor:
+            x, lam, logits, u = (t[which] for t in (x, lam, logits, u))
+            return line_scan(x, layout(lam), logits, u, 2) * 2
+
+    inputs, which = random_inputs((3, 4, 5, 2)), torch.tensor([True, False, True])
+    exported = torch.export.export(Chosen(), (*inputs, which)).module()
+    for chosen in (which, ~which):
+        assert torch.equal(exported(*inputs, chosen), Chosen()(*inputs, chosen))
 
 
 def test_gradient_of_the_logits_on_a_long_scan() -> None:
