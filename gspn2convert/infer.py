@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from gspn2convert.errors import UserError
+from gspn2convert.errors import SizeError, UserError
 from gspn2convert.images import ImageSet, UnreadableImage
 from gspn2convert.session import OnnxSession
 from gspn2convert.views import make_transform
@@ -46,10 +46,10 @@ def data_config(
         raise UserError(f"{session.path}: the file does not say which image size it is for; give --size HxW")
     for want, have in zip(fixed, (height, width), strict=True):
         if want not in (None, have):
-            raise UserError(f"image size {height}x{width}: {session.path.name} takes {fixed[0]}x{fixed[1]} alone")
+            raise SizeError(f"image size {height}x{width}: {session.path.name} takes {fixed[0]}x{fixed[1]} alone")
     rows, columns = session.size_multiple
     if height % rows or width % columns:
-        raise UserError(f"image size {height}x{width}: {session.path.name} takes multiples of {rows}x{columns}")
+        raise SizeError(f"image size {height}x{width}: {session.path.name} takes multiples of {rows}x{columns}")
     return {
         "input_size": (channels, height, width),
         "mean": _per_channel(session, "mean", mean),

@@ -103,8 +103,8 @@ def register_backend(
 
     `forward(x, lam, logits, u, segment)` returns y, laid out as `operands.empty_result`, and
     `backward(dy, x, lam, logits, u, segment)` the gradients of x, lam, logits and u, new and contiguous. All are in the
-    dtype of x, and inputs have any strides. With
-    `training`, a forward whose gradients are wanted keeps states for the backward. fp64 always runs in plain torch.
+    dtype of x, and inputs have any strides. With `training`, a forward whose gradients are wanted keeps states for the
+    backward. fp64 always runs in plain torch.
     """
     _BACKENDS[device_type] = _Backend(name, forward, backward, training)
     _log.info("line_scan on %s runs with backend %s", device_type, name)

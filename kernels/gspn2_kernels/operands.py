@@ -26,18 +26,19 @@ def empty_result(x: Tensor, lam: Tensor) -> Tensor:
     """
     batch, height, width, channels = x.shape
     planes = (height * width * channels, width * channels, channels, batch * height * width * channels, 1)
-    if all(_surely(a == b) for a, b in zip(lam.stride(), planes, strict=True)):
+    if all(map(_equal, lam.stride(), planes)):
         return x.new_empty_strided(lam.shape, planes)
     return x.new_empty(lam.shape)
 
 
-def _surely(condition: bool | torch.SymBool) -> bool:  # noqa: FBT001
-    """Decide a condition on sizes, False where it depends on data: sizes of a mask's result are not known ahead."""
-    if isinstance(condition, bool):
-        return condition
+def _equal(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
+    """Compare two strides, False where it depends on data: a mask's number of images is not known ahead."""
+    equal = a == b
+    if isinstance(equal, bool):
+        return equal
     from torch.fx.experimental.symbolic_shapes import guard_or_false  # slow to import
 
-    return bool(guard_or_false(condition))
+    return bool(guard_or_false(equal))
 
 
 def by_triton(t: Tensor) -> bool:

@@ -98,6 +98,7 @@ MIDDLE, LARGE, LONG = (
     Rule(160, 0, 0, 8, 16, 8, 3),
     Rule(ENDLESS, 64, 32, 8, 16, 8, 4),
 )
+MANY = (SHORT, SMALL, MIDDLE, LARGE, LONG)
 # Segments of few channels may be longer if all multiprocessors have one even so: fewer bytes of halos.
 LONG_AND_NARROW = Rule(ENDLESS, 256, 32, 2, 16, 8, 4, pixel=32)
 # Of single images.
@@ -108,12 +109,12 @@ LONG_OF_FEW, LONG_OF_SOME = (
 )
 FORWARD: Rules = (
     (1024, (SHORT, SMALL, MIDDLE, LARGE, LONG_AND_NARROW, LONG)),
-    (256, (SHORT, SMALL, MIDDLE, LARGE, LONG)),
+    (256, MANY),
     (64, (SMALL_OF_SOME, LARGE_OF_SOME, Rule(ENDLESS, 32, 48, 1, 8, 4, 4, ahead=True))),
     (0, (Rule(128, 0, 0, 1, 16, 1, 4, ahead=True), LONG_OF_FEW)),
 )
 BACKWARD: Rules = (
-    (256, (SHORT, SMALL, MIDDLE, LARGE, LONG)),
+    (256, MANY),
     (64, (SMALL_OF_SOME, LARGE_OF_SOME, LONG_OF_SOME)),
     (0, (Rule(128, 0, 0, 1, 8, 1, 4, ahead=True), LONG_OF_FEW)),
 )
@@ -125,7 +126,7 @@ TRAIN: Rules = (
 # Of planes a lane reads runs of memory whichever channels it has, so that warps may share lines of few channels.
 SHARED_LINES = (Rule(128, 0, 0, 2, 8, 4, 4, ahead=True), Rule(256, 0, 0, 2, 8, 8, 4, ahead=True))
 PLANES: Rules = (
-    (256, (SHORT, SMALL, MIDDLE, LARGE, LONG)),
+    (256, MANY),
     (64, (SMALL_OF_SOME, *SHARED_LINES, LONG_OF_SOME)),
     (0, (*SHARED_LINES, LONG_OF_FEW)),
 )

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from gspn2_kernels import backend, line_scan, line_scan_ref, register_backend
 from gspn2_kernels.eager import line_scan_bwd, line_scan_fwd
 from gspn2_kernels.testing import TOLERANCES, assert_close, random_inputs, relative_rms
+from helpers.layouts import planar
 
 NAMES = ("y", "dx", "dlam", "dlogits", "du")
 # Lines of one position and of one line, odd sizes, one square grid per code path, the grids of ViT-S/16 and S/14.
@@ -54,10 +55,6 @@ def test_op_is_the_reference(shape, groups: int, segment: int, dtype: torch.dtyp
         assert out.dtype == dtype
         assert out.is_contiguous()
         assert_close(name, ref, out)
-
-
-def planar(t: Tensor) -> Tensor:
-    return t.movedim(3, 0).contiguous().movedim(0, 3)
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 5, 4), (1, 1, 1, 2), (2, 0, 3, 4)], ids=str)
