@@ -36,17 +36,20 @@ struct LineScanOp {
   // Reads the attribute, 0 where it is missing. Returns what is wrong with it.
   static OrtStatusPtr ReadAttribute(const OrtApi& api, const OrtKernelInfo* info, int64_t* segment) {
     *segment = 0;
-    if (OrtStatus* missing = api.KernelInfoGetAttribute_int64(info, "segment", segment)) {
-      api.ReleaseStatus(missing);
+    const auto found = [&api](OrtStatus* status) {
+      api.ReleaseStatus(status);
+      return status == nullptr;
+    };
+    if (!found(api.KernelInfoGetAttribute_int64(info, "segment", segment))) {
       *segment = 0;
-      float other = 0;
-      OrtStatus* no_float = api.KernelInfoGetAttribute_float(info, "segment", &other);
-      if (no_float == nullptr) return Error(kName, "attribute segment is a float, expected an int");
-      api.ReleaseStatus(no_float);
-      size_t size = 0;  // what a text needs is asked for without a place for it
-      OrtStatus* no_text = api.KernelInfoGetAttribute_string(info, "segment", nullptr, &size);
-      if (no_text == nullptr) return Error(kName, "attribute segment is a text, expected an int");
-      api.ReleaseStatus(no_text);
+      float number = 0;
+      size_t size = 0, count = 0;  // what a text or a list needs is asked for without a place for it
+      const char* other = nullptr;
+      if (found(api.KernelInfoGetAttribute_float(info, "segment", &number))) other = "a float";
+      if (found(api.KernelInfoGetAttribute_string(info, "segment", nullptr, &size))) other = "a text";
+      // Of what is no list it finds none.
+      if (found(api.KernelInfoGetAttributeArray_int64(info, "segment", nullptr, &count)) && count) other = "a list";
+      if (other) return Error(kName, std::string("attribute segment is ") + other + ", expected an int");
     }
     if (*segment >= 0) return nullptr;
     const std::string given = "attribute segment is " + std::to_string(*segment);
