@@ -155,7 +155,7 @@ def print_origins(names: list[str]) -> None:
     print(*(folder for folder in folders if not folder.startswith("git:")), sep="\n")
     commits = {name: each["commit"] for name, each in listed("repositories").items()}
     for name in (folder.removeprefix("git:") for folder in folders if folder.startswith("git:")):
-        print(name.replace("+", "/"), commits.get(name, "(see recipes/README.md)"))
+        print(name.replace("+", "/"), commits.get(name, "(see recipes/results/README.md)"))
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from markdown_grid import Document, grid, percent
 
 ROOT = Path(__file__).resolve().parents[2]
 PLACE = re.compile(r"(<!-- table:(\w+) -->\n).*?(?=<!-- end -->)", re.DOTALL)
-PAGES = ("README.md", "recipes/README.md", "kernels/README.md")
+PAGES = ("README.md", "recipes/README.md", "recipes/results/README.md", "kernels/README.md")
 STAGES = {"fit": "stage 0", "align": "stage 1", "recover": "stage 2"}
 DINOV2_ROWS = ("pure-0", "auto-0", "regions_pure-0", "regions-0")  # of the README
 LARGE_ROWS = ("regions_pure", "regions")  # which also went on to larger images
