@@ -121,7 +121,7 @@ def fashion(found: Document) -> list[str]:
         f" have {top1[0]} % with no block of attention, and {top1[1]} % with three blocks of it (one figure per seed),"
         f" after {steps} steps of stage 2, at most {longest['minutes']:.1f} minutes on one"
         f" {longest['environment']['device']}. With {more} steps, {further['minutes']:.1f} minutes, the second seed of"
-        f" the latter has {100 * further['evaluation']['top1']:.2f} %."
+        f" the latter has {100 * further['evaluation']['top1']:.2f} %; the others were not run that long."
     ]
 
 
