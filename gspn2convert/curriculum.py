@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TypeVar
@@ -91,9 +92,13 @@ def teacher_size(recipe: Recipe, img_size: int | None, stages: Sequence[int]) ->
     Raises:
         UserError: the user asked for another size than the recipe.
     """
+    other = img_size not in (None, recipe.size)
     if not recipe.size or (3 in stages and recipe.curriculum.sizes):
+        if recipe.size and other:
+            text = "--img-size %d is only where the teacher starts from; stages 0 to 2 are at the recipe's %d px"
+            logger.warning(text, img_size, recipe.size)
         return img_size
-    if img_size not in (None, recipe.size):
+    if other:
         raise UserError(f"the recipe has size {recipe.size}, and --img-size is {img_size}; leave one of them out")
     return recipe.size
 
@@ -104,11 +109,17 @@ def check_sizes(teacher: VisionTransformer, recipe: Recipe, stages: Sequence[int
     Warns where mixers read more regions of an image than any size has rows and columns of patches.
 
     Raises:
-        UserError: one is no multiple of the patch.
+        UserError: one is no multiple of the patch, or stage 3 begins below the size of the stages before it.
     """
     first = (recipe.size, recipe.size) if recipe.size else teacher.patch_embed.img_size
     later = [(side, side) for side in (recipe.curriculum.sizes if 3 in stages else ())]
     rows, columns = max((grid_size(teacher, *size) for size in (first, *later)), key=max)
+    if later and set(stages) != {3} and math.prod(later[0]) < math.prod(first):
+        height, width = first
+        raise UserError(
+            f"curriculum.sizes begins at {later[0][0]}, and the stages before it are at {height}x{width} px; "
+            "leave smaller sizes out, or set a smaller `size`"
+        )
     regions, most = recipe.mixer.regions, max(rows, columns)
     if regions > most:
         logger.warning(
@@ -116,6 +127,27 @@ def check_sizes(teacher: VisionTransformer, recipe: Recipe, stages: Sequence[int
             "cost time; convert the teacher with mixer.regions of %d or less, or at larger images",
             *(regions, rows, columns, most),
         )
+
+
+def check_stages(recipe: Recipe, stages: Sequence[int], given: bool) -> None:
+    """Make sure that the stages which are asked for do something, and tell where mixers start from nothing.
+
+    Args:
+        recipe: what to do.
+        stages: which of 0, 1, 2, 3 run.
+        given: whether there is a student to go on from.
+
+    Raises:
+        UserError: there is nothing to do.
+    """
+    if stages and (0 not in stages or given) and not any(spec.steps for _, spec, _ in trained(recipe, stages)):
+        asked = ", ".join(map(str, stages))
+        raise UserError(
+            f"stages {asked} of recipe {recipe.name} have nothing to do: stage 0 needs no student to go on from, "
+            "1 and 2 need steps, 3 needs sizes (curriculum.sizes); name other stages, or another recipe"
+        )
+    if stages and 0 not in stages and not given:
+        logger.warning("without stage 0 and without a student to go on from, the mixers start at random")
 
 
 def stages_run(recipe: Recipe, stages: Sequence[int]) -> list[int]:

@@ -14,7 +14,7 @@ from timm.models import VisionTransformer
 from gspn2convert.artifact import check_output_folder, fingerprint, holds_files, origin, public_name, save_student
 from gspn2convert.checkpoint import CheckpointStore
 from gspn2convert.conversion import Conversion
-from gspn2convert.curriculum import check_sizes, stages_run, teacher_size, trained
+from gspn2convert.curriculum import check_sizes, check_stages, stages_run, teacher_size, trained
 from gspn2convert.data import ImageSet, open_images, own_share
 from gspn2convert.differences import tell_differences
 from gspn2convert.errors import UserError
@@ -118,7 +118,7 @@ def distill_student(
     _check_keep(keep, len(teacher.blocks))
     check_output_folder(options.output, options.resume)
     check_sizes(teacher, recipe, options.stages)
-    _check_stages(recipe, options.stages, given)
+    check_stages(recipe, options.stages, given is not None)
     if options.cached and images.stream is not None:
         raise UserError(f"data {images.name!r} is a stream, which --cache cannot hold; leave --cache out")
     accelerator = make_accelerator(options.device, options.precision)
@@ -174,18 +174,6 @@ def _check_processes(recipe: Recipe, options: Options, processes: int) -> None:
         own_share(spec.batch_size, 0, processes)
         if recipe.augment.mix:
             check_pairs(spec.place, spec.batch_size, processes)
-
-
-def _check_stages(recipe: Recipe, stages: Sequence[int], given: Gspn2Vit | None) -> None:
-    """Make sure that the stages which are asked for do something, and tell where mixers start from nothing."""
-    if stages and (0 not in stages or given) and not any(spec.steps for _, spec, _ in trained(recipe, stages)):
-        asked = ", ".join(map(str, stages))
-        raise UserError(
-            f"stages {asked} of recipe {recipe.name} have nothing to do: stage 0 needs no student to go on from, "
-            "1 and 2 need steps, 3 needs sizes (curriculum.sizes); name other stages, or another recipe"
-        )
-    if stages and 0 not in stages and given is None:
-        logger.warning("without stage 0 and without a student to go on from, the mixers start at random")
 
 
 def _tell_decline(stages: Sequence[dict[str, Any]]) -> None:

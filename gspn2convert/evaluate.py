@@ -267,7 +267,9 @@ def class_of_label(model: VisionTransformer, label_names: list[str] | None) -> T
         return torch.tensor([known.index(label) for label in label_names])
     if known is None and len(label_names) == model.num_classes:
         return torch.arange(model.num_classes)
-    _log.warning("no top-1: the data's %d labels are not the model's %d classes", len(label_names), model.num_classes)
+    classes = f"{model.num_classes} classes" + (f" ({known[0]}, ...)" if known else "")
+    labels = f"{len(label_names)} labels ({', '.join(label_names[:1])}, ...)"
+    _log.warning("no top-1: the data's %s are not the model's %s", labels, classes)
     return None
 
 

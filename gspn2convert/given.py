@@ -31,7 +31,7 @@ def load_given(folder: Path, teacher: VisionTransformer, keep: str | None) -> Gs
     if keep is not None:
         raise UserError("--keep and --student exclude each other: the student's own blocks keep their attention")
     size = tuple(teacher.patch_embed.img_size)
-    given = load(folder, img_size=size)
+    given = _load_at(folder, size, teacher)
     own = tuple(vars(given)["pretrained_cfg"]["input_size"][1:])
     if own != size:
         sizes = ("x".join(map(str, each)) for each in (own, size))
@@ -42,6 +42,20 @@ def load_given(folder: Path, teacher: VisionTransformer, keep: str | None) -> Gs
         differing = next(name for name in sorted({*plain, *theirs}) if plain.get(name) != theirs.get(name))
         raise UserError(f"{folder} is no student of this teacher: {differing} differs; name the teacher it came from")
     return given
+
+
+def _load_at(folder: Path, size: tuple[int, ...], teacher: VisionTransformer) -> Gspn2Vit:
+    """Load a student at a size; of one that does not take it because of other patches, say that."""
+    try:
+        return load(folder, img_size=size)
+    except UserError:
+        own, theirs = (model.patch_embed.patch_size[0] for model in (load(folder), teacher))
+        if own != theirs:
+            raise UserError(
+                f"{folder} is no student of this teacher: its patches are of {own} px, the teacher's of {theirs}; "
+                "name the teacher it came from"
+            ) from None
+        raise
 
 
 def check_origin(folder: Path, teacher: VisionTransformer, remedy: str = "name that one") -> None:

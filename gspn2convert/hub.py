@@ -108,6 +108,8 @@ def _stream(data: str, split: str, path: str, **how: Any) -> Stream:
         image, label = image_and_label(datasets, features, data)
     except UserError:
         raise
+    except ImportError as error:  # of what it reads URLs with
+        raise UserError(f"data {data}: {error}; run: pip install requests aiohttp") from error
     except Exception as error:  # its errors are of many kinds; all mean that the data cannot be had
         raise UserError(f"data {data}: cannot be opened: {' '.join(str(error).split())}") from error
 

@@ -11,7 +11,7 @@ from timm.models import VisionTransformer
 from torch import nn
 
 from gspn2convert.cost import Cost, cost, count_parameters, training_bytes
-from gspn2convert.curriculum import check_sizes, teacher_size, trained
+from gspn2convert.curriculum import check_sizes, check_stages, teacher_size, trained
 from gspn2convert.given import load_given, recipe_of
 from gspn2convert.keep import Auto, read_keep
 from gspn2convert.mixer import Gspn2Mixer
@@ -54,6 +54,7 @@ def plan(
         keeping the last ones, which cost the same, or none for a budget.
     """
     vit = load_teacher(teacher, img_size=teacher_size(recipe, img_size, stages), pretrained=False)
+    check_stages(recipe, stages, student is not None)
     if student is not None:
         recipe, stages = recipe_of(load_given(student, vit, keep), recipe), [stage for stage in stages if stage]
     check_sizes(vit, recipe, stages)
@@ -63,8 +64,7 @@ def plan(
     converted = build_student(vit, layers, mixer)
     size = (recipe.size, recipe.size) if recipe.size else vit.patch_embed.img_size
     before, after = cost(vit, *size), cost(converted, *size)
-    # Until blocks are chosen, all are converted.
-    aligned = build_student(vit, range(depth), mixer) if auto else converted
+    aligned = build_student(vit, range(depth), mixer) if auto else converted  # until blocks are chosen, all are
     return {
         "teacher": teacher,
         "recipe": recipe.name,

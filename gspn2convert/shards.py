@@ -20,6 +20,7 @@ from gspn2convert.errors import UserError
 from gspn2convert.splits import SPLIT_NAMES, pick_split
 
 _IMAGES = {"jpg", "jpeg", "png", "webp"}
+_MOST_CLASSES = 1 << 20
 
 _log = logging.getLogger(__name__)
 
@@ -48,9 +49,7 @@ class Member(tarfile.TarInfo):
 
 
 class ShardSource:
-    """Images and labels (`.cls`) of WebDataset shards."""
-
-    label_names: list[str] | None = None
+    """Images and labels (`.cls`) of WebDataset shards, whose classes are named by their numbers."""
 
     def __init__(self, root: Path, split: str) -> None:
         """Index the shards of the split `train` or `test` that lie in the folder `root`.
@@ -63,6 +62,10 @@ class ShardSource:
         rows = [row for number, shard in enumerate(self._shards) for row in _scan(shard, number)]
         if not rows:
             raise UserError(f"data {root}: no images in the shards; expected .jpg, .png or .webp next to .cls")
+        highest = max(label for *_, label in rows)
+        if highest >= _MOST_CLASSES:
+            raise UserError(f"data {root}: a .cls file holds {highest}; expected the number of a class, from 0 on")
+        self.label_names = list(map(str, range(highest + 1))) or None
         self._rows = np.array(rows, dtype=np.int64)  # shard, offset, bytes, label
 
     def __len__(self) -> int:

@@ -19,7 +19,7 @@ from timm.models import (
 from timm.models.vision_transformer import VisionTransformer
 
 from gspn2convert.config import read_config
-from gspn2convert.errors import UserError
+from gspn2convert.errors import UserError, is_out_of_memory
 from gspn2convert.vit import GSPN2_VIT, check_vit, native_shapes, probe
 from gspn2convert.weights import WEIGHTS_FILE, check_finite, check_match, folder_weights, hub_file, read_shapes
 
@@ -200,6 +200,8 @@ def _create(source: _Source, pretrained: bool, overlay: dict[str, Any], argument
     try:
         model = timm.create_model(source.name, pretrained=pretrained, pretrained_cfg_overlay=overlay, **arguments)
     except (OSError, RuntimeError, SafetensorError) as error:
+        if is_out_of_memory(error):
+            raise
         raise UserError(f"{source.name} does not take the weights {overlay.get('file')}: {error}") from error
     vit = check_vit(model).eval()
     check_finite(overlay.get("file", source.name), vit)

@@ -104,8 +104,10 @@ def test_webdataset_shards(tmp_path: Path) -> None:
     training, test = (open_images(f"wds/pets:{tmp_path}", split) for split in ("train", "test"))
     assert_pictures(training, list(range(6)))
     assert labels_of(training) == [0, 1, 2, 1, 2, 3]
+    assert training.label_names == ["0", "1", "2", "3"]
     assert_pictures(test, [9])
     assert labels_of(test) == [-1]
+    assert test.label_names is None
 
 
 @pytest.mark.parametrize("names", [("latest-train-0", "latest-val-0"), ("trainset", "testset")], ids=lambda n: n[0])

@@ -250,6 +250,8 @@ def test_blocks_to_be_chosen_cost_what_the_last_ones_cost(default):
         ("vit_tiny", {"img_size": 100}, "no multiple of the patch"),
         ("vit_tiny", {"keep": "every:1"}, "leaves none to convert"),
         ("vit_tiny", {"sizes": (224, 500)}, "image size 500x500 is no multiple of the patch 16x16"),
+        ("vit_tiny", {"sizes": (192, 256)}, "sizes begins at 192, and the stages before it are at 224x224 px"),
+        ("vit_tiny", {"stages": (3,)}, "stages 3 of recipe default have nothing to do"),
     ],
 )
 def test_what_cannot_be_done_cannot_be_planned(default, teacher, options, message):

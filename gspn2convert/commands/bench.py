@@ -20,12 +20,12 @@ def _show(document: Document, console: "Console") -> None:
     console.print(f"{device}; batch {batch}, {dtype}{', compiled' if document['compiled'] else ''}")
     rows = []
     for row in document["sizes"]:
-        for name in ("teacher", "student"):
+        for name, shown in (("teacher", document["rival"]), ("student", "student")):
             figures, peak = row[name], row[name]["peak_bytes"]
             rows.append(
                 (
                     f"{row['height']}x{row['width']}",
-                    name,
+                    shown,
                     f"{figures['median_ms']:.4g}",
                     f"{figures['p20_ms']:.4g}..{figures['p80_ms']:.4g}",
                     f"{figures['images_per_second']:.4g}",
@@ -72,4 +72,4 @@ def command(
     other = load_rival(student, folder, name, pretrained=False)
     setting: dict[str, Any] = {"device": pick_device(device), "dtype": dtype, "compiled": compiled}
     figures = bench(student, other, sizes, batch_size=batch_size, **setting)
-    return {"student": str(folder), "against": name or teacher_name(folder), **figures}
+    return {"student": str(folder), "against": name or teacher_name(folder), "rival": Path(against).name, **figures}

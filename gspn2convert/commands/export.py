@@ -57,6 +57,9 @@ def command(
     for name, value in (("--size", size), ("--static", static)):
         if value is not None and kind != "onnx":
             raise click.UsageError(f"{name} is for --format onnx, not {kind}")
+    other = {"onnx": ".safetensors", "safetensors": ".onnx"}[kind]
+    if output is not None and output.suffix.lower() == other:
+        raise click.UsageError(f"--output {output} is named {other}, and --format is {kind}; change one of them")
     if size is not None and static is not None:
         raise click.UsageError("--static names the size already; leave --size out")
     from gspn2convert.artifact import load

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import sys
@@ -31,6 +32,15 @@ class ReportCommand(click.Command):
             click.Option(["--json", "as_json"], is_flag=True, help="Print one JSON document, and nothing else."),
             click.Option(["--debug"], is_flag=True, expose_value=False, help="Show the traceback of an error."),
         ]
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Refuse an empty value, which is a variable of the shell that was not set, and would mean something else."""
+        for before, value in itertools.pairwise(["", *args]):
+            option = value.removesuffix("=")
+            if not value or (value.startswith("--") and option != value):
+                given = (value and option) or (before if before.startswith("-") else "an argument")
+                raise click.UsageError(f"{given} is given, but empty; give a value, or leave it out", ctx)
+        return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> None:
         """Run the command and give its document to whoever asked."""

@@ -36,6 +36,40 @@ def test_a_size_that_no_model_can_have_is_wrong_use(run, line):
 
 
 @pytest.mark.parametrize(
+    ("arguments", "option"),
+    [
+        (("distill", "--teacher", "demo", "--data", "", "--dry-run"), "--data"),
+        (("distill", "--teacher", "demo", "--recipe=", "--dry-run"), "--recipe"),
+        (("evaluate", "{}/student", "--data", ""), "--data"),
+        (("run", "{}/model.onnx", "--images", ""), "--images"),
+        (("export", "{}/student", "--output", ""), "--output"),
+        (("demo", "--output", ""), "--output"),
+        (("describe", ""), "an argument"),
+    ],
+)
+@pytest.mark.usefixtures("converted")
+def test_an_empty_value_is_no_value(place, run_cli, arguments, option):
+    result = run_cli(*(one.replace("{}", str(place)) for one in arguments))
+    assert result.exit_code == 2
+    assert f"{option} is given, but empty; give a value, or leave it out" in the_error(result)
+
+
+@pytest.mark.parametrize(("kind", "name"), [("onnx", "x.safetensors"), ("safetensors", "x.ONNX")])
+@pytest.mark.usefixtures("converted")
+def test_an_output_named_as_the_other_format_is_refused(run, tmp_path, kind, name):
+    result = run(f"export {{}}/student --format {kind} --output {tmp_path}/{name}")
+    assert result.exit_code == 2
+    assert f"and --format is {kind}; change one of them" in the_error(result)
+    assert not (tmp_path / name).exists()
+
+
+@pytest.mark.usefixtures("converted")
+def test_another_vit_is_not_called_the_teacher(run):
+    shown = run("bench {}/student --against vit_tiny --sizes 32").stdout.splitlines()
+    assert [line.split()[1] for line in shown if line.startswith(" 32x32")] == ["vit_tiny", "student"]
+
+
+@pytest.mark.parametrize(
     ("error", "message"),
     [
         (MemoryError(), "out of memory: take smaller images or fewer at a time (MemoryError)"),
