@@ -94,7 +94,7 @@ def teacher_size(recipe: Recipe, img_size: int | None, stages: Sequence[int]) ->
     """
     other = img_size not in (None, recipe.size)
     if not recipe.size or (3 in stages and recipe.curriculum.sizes):
-        if recipe.size and other:
+        if recipe.size and other and set(stages) != {3}:
             text = "--img-size %d is only where the teacher starts from; stages 0 to 2 are at the recipe's %d px"
             logger.warning(text, img_size, recipe.size)
         return img_size
@@ -106,15 +106,17 @@ def teacher_size(recipe: Recipe, img_size: int | None, stages: Sequence[int]) ->
 def check_sizes(teacher: VisionTransformer, recipe: Recipe, stages: Sequence[int]) -> None:
     """Make sure that a teacher takes all sizes of a recipe, before hours go into the first of them.
 
-    Warns where mixers read more regions of an image than any size has rows and columns of patches.
+    Warns where mixers read more regions of an image than any size has rows and columns of patches. Of `stages`, 0 is to
+    be left out where a student is given.
 
     Raises:
         UserError: one is no multiple of the patch, or stage 3 begins below the size of the stages before it.
     """
     first = (recipe.size, recipe.size) if recipe.size else teacher.patch_embed.img_size
-    later = [(side, side) for side in (recipe.curriculum.sizes if 3 in stages else ())]
+    later = [(side, side) for _, _, side in trained(recipe, stages) if side]
     rows, columns = max((grid_size(teacher, *size) for size in (first, *later)), key=max)
-    if later and set(stages) != {3} and math.prod(later[0]) < math.prod(first):
+    earlier = 0 in stages or any(spec.steps for _, spec, side in trained(recipe, stages) if not side)
+    if earlier and later and recipe.curriculum.steps and math.prod(later[0]) < math.prod(first):
         height, width = first
         raise UserError(
             f"curriculum.sizes begins at {later[0][0]}, and the stages before it are at {height}x{width} px; "

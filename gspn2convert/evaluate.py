@@ -259,7 +259,7 @@ def class_of_label(model: VisionTransformer, label_names: list[str] | None) -> T
     Labels are matched by name where the model knows its classes' names, otherwise by their order, if there
     are as many of them as classes.
     """
-    if label_names is None:
+    if not label_names or not model.num_classes:
         return None
     cfg: dict[str, Any] = getattr(model, "pretrained_cfg", {})
     known = cfg.get("label_names")
@@ -268,7 +268,7 @@ def class_of_label(model: VisionTransformer, label_names: list[str] | None) -> T
     if known is None and len(label_names) == model.num_classes:
         return torch.arange(model.num_classes)
     classes = f"{model.num_classes} classes" + (f" ({known[0]}, ...)" if known else "")
-    labels = f"{len(label_names)} labels ({', '.join(label_names[:1])}, ...)"
+    labels = f"{len(label_names)} labels ({label_names[0]}, ...)"
     _log.warning("no top-1: the data's %s are not the model's %s", labels, classes)
     return None
 

@@ -49,10 +49,11 @@ def _load_at(folder: Path, size: tuple[int, ...], teacher: VisionTransformer) ->
     try:
         return load(folder, img_size=size)
     except UserError:
-        own, theirs = (model.patch_embed.patch_size[0] for model in (load(folder), teacher))
+        own, theirs = (model.patch_embed.patch_size for model in (load(folder), teacher))
         if own != theirs:
+            ours, others = ("{}x{}".format(*size) for size in (own, theirs))
             raise UserError(
-                f"{folder} is no student of this teacher: its patches are of {own} px, the teacher's of {theirs}; "
+                f"{folder} is no student of this teacher: its patches are of {ours} px, the teacher's of {others}; "
                 "name the teacher it came from"
             ) from None
         raise

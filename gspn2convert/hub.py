@@ -108,10 +108,9 @@ def _stream(data: str, split: str, path: str, **how: Any) -> Stream:
         image, label = image_and_label(datasets, features, data)
     except UserError:
         raise
-    except ImportError as error:  # of what it reads URLs with
-        raise UserError(f"data {data}: {error}; run: pip install requests aiohttp") from error
     except Exception as error:  # its errors are of many kinds; all mean that the data cannot be had
-        raise UserError(f"data {data}: cannot be opened: {' '.join(str(error).split())}") from error
+        way_out = "; run: pip install aiohttp" if isinstance(error, ImportError) and "://" in data else ""
+        raise UserError(f"data {data}: cannot be opened: {' '.join(str(error).split())}{way_out}") from error
 
     def begin() -> Any:  # noqa: ANN401 - of a package that need not be there
         """Start anew: passes over one object would disturb each other."""

@@ -22,6 +22,7 @@ from gspn2convert.splits import SPLIT_NAMES, pick_split
 from gspn2convert.stream import Row, Stream
 from gspn2convert.tally import Tally
 
+_WITH_ROOT = ("torch", "wds", "hfds", "hfids")
 _KINDS = "a folder of images, a .tar file, demo, torch/NAME:ROOT, wds/NAME:ROOT, hfds/NAME or hfids/NAME"
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")  # of image files in folders
 T = TypeVar("T")
@@ -147,7 +148,9 @@ def open_images(spec: str, split: str, *, in_chans: int = 3) -> ImageSet:
 
 def _source(spec: str, split: str) -> Source:
     kind, _, rest = spec.partition("/")
-    name, _, root = rest.partition(":")
+    name, colon, root = rest.partition(":")
+    if not spec or (colon and not root and kind in _WITH_ROOT):
+        raise UserError(f"data {spec!r}: nothing is named{' after the colon' if spec else ''}; expected {_KINDS}")
     if spec == "demo":
         return DemoSource(split)
     if kind == "torch" and name:

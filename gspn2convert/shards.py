@@ -62,11 +62,13 @@ class ShardSource:
         rows = [row for number, shard in enumerate(self._shards) for row in _scan(shard, number)]
         if not rows:
             raise UserError(f"data {root}: no images in the shards; expected .jpg, .png or .webp next to .cls")
-        highest = max(label for *_, label in rows)
-        if highest >= _MOST_CLASSES:
-            raise UserError(f"data {root}: a .cls file holds {highest}; expected the number of a class, from 0 on")
-        self.label_names = list(map(str, range(highest + 1))) or None
+        labels = [label for *_, label in rows]
+        if not -1 <= min(labels) <= max(labels) < _MOST_CLASSES:
+            odd = min(labels) if min(labels) < -1 else max(labels)
+            _log.warning("data %s: a .cls file holds %d, which is no number of a class: labels are left out", root, odd)
+            rows = [(shard, offset, size, -1) for shard, offset, size, _ in rows]
         self._rows = np.array(rows, dtype=np.int64)  # shard, offset, bytes, label
+        self.label_names = list(map(str, range(int(self._rows[:, 3].max()) + 1))) or None
 
     def __len__(self) -> int:
         return len(self._rows)

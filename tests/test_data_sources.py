@@ -119,6 +119,20 @@ def test_shards_of_a_name_that_holds_another_split(tmp_path: Path, names: tuple[
     assert_pictures(open_images(f"wds/mine:{tmp_path}", "test"), [1])
 
 
+@pytest.mark.parametrize("odd", ["99999999999999999999", "-7"])
+def test_shards_whose_cls_are_no_classes_have_no_labels(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, odd: str
+) -> None:
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for sample, label in enumerate(("0", odd)):
+            add(tar, f"{sample}.png", png(sample))
+            add(tar, f"{sample}.cls", label.encode())
+    images = open_images(f"wds/mine:{tmp_path}", "train")
+    assert_pictures(images, [0, 1])
+    assert (images.label_names, labels_of(images)) == (None, [-1, -1])
+    assert f"a .cls file holds {odd}, which is no number of a class: labels are left out" in caplog.text
+
+
 def test_shards_listed_in_a_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for name, number in (("a.tar", 1), ("b.tar", 2)):
         with tarfile.open(tmp_path / name, "w") as tar:

@@ -1,5 +1,7 @@
 """Images whose class is not told, with the label -1 beside others or alone, as in the test split of ImageNet."""
 
+import tarfile
+
 import numpy as np
 import pytest
 import torch
@@ -8,8 +10,9 @@ from timm.data import create_transform, resolve_model_data_config
 
 from gspn2convert.errors import UserError
 from gspn2convert.evaluate import evaluate, image_features
-from gspn2convert.images import ImageSet
+from gspn2convert.images import ImageSet, open_images
 from gspn2convert.probes import knn_accuracy, linear_accuracy
+from helpers.pictures import add, encode
 
 LABELS = [0, -1, 1, 2, -1, 0, 1, 2, 2, -1]
 
@@ -48,6 +51,27 @@ def test_top1_is_of_the_images_whose_class_is_told(model, always):
     told = [label for label in LABELS if label >= 0]
     assert evaluate(model, None, image_set(LABELS))["top1"] == pytest.approx(told.count(always) / len(told))
     assert "top1" not in evaluate(model, None, image_set([-1] * 4))
+
+
+def test_classes_of_shards_are_their_numbers(model, tmp_path, caplog):
+    """The train split has a class more than the test split, whose labels must not move."""
+    model.pretrained_cfg = {**model.pretrained_cfg, "label_names": None}
+    sets = {"test": Noise([1, 0, 2, -1, 1], 0), "train": Noise([*LABELS, 3, 3], 1)}
+    for split, noise in sets.items():
+        with tarfile.open(tmp_path / f"noise-{split}.tar", "w") as tar:
+            for index, label in enumerate(noise.labels):
+                add(tar, f"{index}.png", encode(noise.read(index)[0]))
+                add(tar, f"{index}.cls", str(label).encode())
+    test, train = (open_images(f"wds/noise:{tmp_path}", split) for split in ("test", "train"))
+    sets["train"].label_names = [*sets["test"].label_names, "dog"]
+    plain = {split: ImageSet("noise", noise) for split, noise in sets.items()}
+    found, expected = (
+        evaluate(model, None, images, knn_images=training, linear_images=training)
+        for images, training in ((test, train), (plain["test"], plain["train"]))
+    )
+    assert [found[key] for key in ("top1", "knn", "linear")] == [expected[key] for key in ("top1", "knn", "linear")]
+    assert "top1" not in evaluate(model, None, train)
+    assert "no top-1: the data's 4 labels (0, ...) are not the model's 3 classes" in caplog.text
 
 
 def test_probes_learn_from_and_ask_about_those_alone(model):

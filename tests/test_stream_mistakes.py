@@ -57,6 +57,17 @@ def test_missing_package_is_named(monkeypatch, tmp_path) -> None:
             open_images(spec, "train")
 
 
+def test_what_a_url_is_read_with_is_named(monkeypatch) -> None:
+    def fail(*arguments, **options):
+        raise ImportError("HTTPFileSystem requires more")
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", fail)
+    with pytest.raises(UserError, match="cannot be opened: HTTPFileSystem requires more; run: pip install aiohttp$"):
+        open_images("wds/x:https://example.org/x.tar", "train")
+    with pytest.raises(UserError, match="cannot be opened: HTTPFileSystem requires more$"):
+        open_images("hfids/x", "train")
+
+
 def test_a_row_without_an_image_cannot_be_read() -> None:
     with pytest.raises(OSError, match="no image in this row"):
         Row(3, None, None, -1).open()

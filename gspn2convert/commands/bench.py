@@ -72,4 +72,9 @@ def command(
     other = load_rival(student, folder, name, pretrained=False)
     setting: dict[str, Any] = {"device": pick_device(device), "dtype": dtype, "compiled": compiled}
     figures = bench(student, other, sizes, batch_size=batch_size, **setting)
-    return {"student": str(folder), "against": name or teacher_name(folder), "rival": Path(against).name, **figures}
+    return {
+        "student": str(folder),
+        "against": name or teacher_name(folder),
+        "rival": Path(against).resolve().name,
+        **figures,
+    }

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import itertools
 import json
 import math
 import sys
@@ -35,11 +34,16 @@ class ReportCommand(click.Command):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Refuse an empty value, which is a variable of the shell that was not set, and would mean something else."""
-        for before, value in itertools.pairwise(["", *args]):
-            option = value.removesuffix("=")
-            if not value or (value.startswith("--") and option != value):
-                given = (value and option) or (before if before.startswith("-") else "an argument")
-                raise click.UsageError(f"{given} is given, but empty; give a value, or leave it out", ctx)
+        valued = {name for one in self.params if isinstance(one, click.Option) and not one.is_flag for name in one.opts}
+        rest = iter(args)
+        for each in rest:
+            name, equals, value = each.partition("=")
+            if name in valued:
+                value = value if equals else next(rest, "missing")
+            else:
+                name, value = "an argument", each
+            if not value:
+                raise click.UsageError(f"{name} is given, but empty; give a value, or leave it out", ctx)
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> None:

@@ -111,7 +111,7 @@ def mean_and_tail(cosine: dict[str, float]) -> str:
 
 
 def fashion(found: Document) -> list[str]:
-    """Top-1 of the students of a ViT-Ti; two sentences."""
+    """Top-1 of the students of a ViT-Ti."""
     pure, auto = ([row for name, row in found.items() if name.startswith(kind)] for kind in ("pure-", "auto-"))
     top1 = [series([f"{100 * row['evaluation']['top1']:.2f}" for row in rows]) for rows in (pure, auto)]
     longest, further = max((*pure, *auto), key=lambda row: float(row["minutes"])), found["longer_auto-1"]

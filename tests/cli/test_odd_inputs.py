@@ -54,6 +54,12 @@ def test_an_empty_value_is_no_value(place, run_cli, arguments, option):
     assert f"{option} is given, but empty; give a value, or leave it out" in the_error(result)
 
 
+@pytest.mark.parametrize("data", [("--data=wds/x:https://h/x.tar?sign=Zm8=",), ("--data", "--x="), ("--json",)])
+def test_a_value_that_ends_in_an_equals_sign_is_not_empty(run_cli, data):
+    result = run_cli("distill", "--teacher", "demo", "--dry-run", *data)
+    assert result.exit_code == 0, result.output
+
+
 @pytest.mark.parametrize(("kind", "name"), [("onnx", "x.safetensors"), ("safetensors", "x.ONNX")])
 @pytest.mark.usefixtures("converted")
 def test_an_output_named_as_the_other_format_is_refused(run, tmp_path, kind, name):

@@ -224,8 +224,11 @@ def test_attribute_segment() -> None:
         scan_session(segment=2.0)
     with pytest.raises(Exception, match="ai.gspn2::LineScan: attribute segment is a text, expected an int"):
         scan_session(segment="2")
-    with pytest.raises(Exception, match="ai.gspn2::LineScan: attribute segment is a list, expected an int"):
-        scan_session(segment=[2])
+    for others in ([2], [2.0], ["2"]):
+        with pytest.raises(
+            Exception, match="ai.gspn2::LineScan: attribute segment is of another kind, expected an int"
+        ):
+            scan_session(segment=others)
 
 
 def test_eight_threads_on_one_session() -> None:

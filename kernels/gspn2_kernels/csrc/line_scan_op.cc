@@ -43,12 +43,12 @@ struct LineScanOp {
     if (!found(api.KernelInfoGetAttribute_int64(info, "segment", segment))) {
       *segment = 0;
       float number = 0;
-      size_t size = 0, count = 0;  // what a text or a list needs is asked for without a place for it
+      size_t size = 0;  // what a text or a list needs is asked for without a place for it
       const char* other = nullptr;
+      // Finds whatever is there, of any kind.
+      if (found(api.KernelInfoGetAttributeArray_int64(info, "segment", nullptr, &size))) other = "of another kind";
       if (found(api.KernelInfoGetAttribute_float(info, "segment", &number))) other = "a float";
       if (found(api.KernelInfoGetAttribute_string(info, "segment", nullptr, &size))) other = "a text";
-      // Of what is no list it finds none.
-      if (found(api.KernelInfoGetAttributeArray_int64(info, "segment", nullptr, &count)) && count) other = "a list";
       if (other) return Error(kName, std::string("attribute segment is ") + other + ", expected an int");
     }
     if (*segment >= 0) return nullptr;
