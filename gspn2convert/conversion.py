@@ -16,7 +16,7 @@ from gspn2convert.artifact import public_name
 from gspn2convert.checkpoint import CheckpointStore
 from gspn2convert.convert import LayerReport, convert
 from gspn2convert.cost import count_parameters
-from gspn2convert.curriculum import CURRICULUM, ReducedStage, resized, stages_run, trained
+from gspn2convert.curriculum import CURRICULUM, ReducedStage, resized, stages_run, trained, trains_before_stage_3
 from gspn2convert.data import ImageSet, split_images
 from gspn2convert.environment import environment
 from gspn2convert.evaluate import class_of_label, evaluate
@@ -137,7 +137,7 @@ class Conversion:
 
     def _begin(self, keep: Sequence[int]) -> Gspn2Vit:
         """Stage 0, or the student that was given."""
-        if any(spec.steps for _, spec, side in trained(self.recipe, self.options.stages) if not side):
+        if trains_before_stage_3(self.recipe, self.options.stages):
             self.supply.prepare()  # that the images do not fit is better found before stage 0
         if self.given is None:
             return self._fit(keep)

@@ -92,9 +92,11 @@ def teacher_size(recipe: Recipe, img_size: int | None, stages: Sequence[int]) ->
     Raises:
         UserError: the user asked for another size than the recipe.
     """
+    if not recipe.size:
+        return img_size
     other = img_size not in (None, recipe.size)
-    if not recipe.size or (3 in stages and recipe.curriculum.sizes):
-        if recipe.size and other and set(stages) != {3}:
+    if 3 in stages and recipe.curriculum.sizes:
+        if other and set(stages) != {3}:
             text = "--img-size %d is only where the teacher starts from; stages 0 to 2 are at the recipe's %d px"
             logger.warning(text, img_size, recipe.size)
         return img_size
@@ -103,11 +105,16 @@ def teacher_size(recipe: Recipe, img_size: int | None, stages: Sequence[int]) ->
     return recipe.size
 
 
-def check_sizes(teacher: VisionTransformer, recipe: Recipe, stages: Sequence[int]) -> None:
+def check_sizes(teacher: VisionTransformer, recipe: Recipe, stages: Sequence[int], given: bool = False) -> None:
     """Make sure that a teacher takes all sizes of a recipe, before hours go into the first of them.
 
-    Warns where mixers read more regions of an image than any size has rows and columns of patches. Of `stages`, 0 is to
-    be left out where a student is given.
+    Warns where mixers read more regions of an image than any size has rows and columns of patches.
+
+    Args:
+        teacher: with or without its weights.
+        recipe: what to do.
+        stages: which of 0, 1, 2, 3 run.
+        given: whether there is a student to go on from, in place of stage 0.
 
     Raises:
         UserError: one is no multiple of the patch, or stage 3 begins below the size of the stages before it.
@@ -115,7 +122,7 @@ def check_sizes(teacher: VisionTransformer, recipe: Recipe, stages: Sequence[int
     first = (recipe.size, recipe.size) if recipe.size else teacher.patch_embed.img_size
     later = [(side, side) for _, _, side in trained(recipe, stages) if side]
     rows, columns = max((grid_size(teacher, *size) for size in (first, *later)), key=max)
-    earlier = 0 in stages or any(spec.steps for _, spec, side in trained(recipe, stages) if not side)
+    earlier = (0 in stages and not given) or trains_before_stage_3(recipe, stages)
     if earlier and later and recipe.curriculum.steps and math.prod(later[0]) < math.prod(first):
         height, width = first
         raise UserError(
@@ -165,6 +172,11 @@ def trained(recipe: Recipe, stages: Sequence[int]) -> Iterator[tuple[str, Align 
         yield "recover", recipe.recover, 0
     for number, side in enumerate(recipe.curriculum.sizes if 3 in stages else ()):
         yield f"{CURRICULUM}{side}", recipe.curriculum.at(number), side
+
+
+def trains_before_stage_3(recipe: Recipe, stages: Sequence[int]) -> bool:
+    """Whether stage 1 or 2 has steps to take."""
+    return any(spec.steps for _, spec, side in trained(recipe, stages) if not side)
 
 
 def resize_patches(tokens: Tensor, grid: tuple[int, int], wanted: tuple[int, int]) -> Tensor:

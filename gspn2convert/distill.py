@@ -117,7 +117,7 @@ def distill_student(
         keep, recipe = kept_blocks(given), recipe_of(given, recipe)
     _check_keep(keep, len(teacher.blocks))
     check_output_folder(options.output, options.resume)
-    check_sizes(teacher, recipe, [stage for stage in options.stages if stage or given is None])
+    check_sizes(teacher, recipe, options.stages, given is not None)
     check_stages(recipe, options.stages, given is not None)
     if options.cached and images.stream is not None:
         raise UserError(f"data {images.name!r} is a stream, which --cache cannot hold; leave --cache out")

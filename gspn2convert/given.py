@@ -10,7 +10,7 @@ from pathlib import Path
 from timm.models import VisionTransformer
 
 from gspn2convert.artifact import load, origin
-from gspn2convert.errors import RecipeError, UserError
+from gspn2convert.errors import RecipeError, SizeError, UserError
 from gspn2convert.model import Gspn2Vit, kept_blocks
 from gspn2convert.recipe import Mixer, Recipe
 
@@ -48,15 +48,15 @@ def _load_at(folder: Path, size: tuple[int, ...], teacher: VisionTransformer) ->
     """Load a student at a size; of one that does not take it because of other patches, say that."""
     try:
         return load(folder, img_size=size)
-    except UserError:
-        own, theirs = (model.patch_embed.patch_size for model in (load(folder), teacher))
-        if own != theirs:
-            ours, others = ("{}x{}".format(*size) for size in (own, theirs))
-            raise UserError(
-                f"{folder} is no student of this teacher: its patches are of {ours} px, the teacher's of {others}; "
-                "name the teacher it came from"
-            ) from None
-        raise
+    except SizeError:
+        patches = [tuple(model.patch_embed.patch_size) for model in (load(folder), teacher)]
+        if patches[0] == patches[1]:
+            raise
+        own, theirs = ("x".join(map(str, each)) for each in patches)
+        raise UserError(
+            f"{folder} is no student of this teacher: its patches are of {own} px, the teacher's of {theirs}; "
+            "name the teacher it came from"
+        ) from None
 
 
 def check_origin(folder: Path, teacher: VisionTransformer, remedy: str = "name that one") -> None:

@@ -20,7 +20,7 @@ from gspn2convert.errors import UserError
 from gspn2convert.splits import SPLIT_NAMES, pick_split
 
 _IMAGES = {"jpg", "jpeg", "png", "webp"}
-_MOST_CLASSES = 1 << 20
+_MOST_CLASSES = 1 << 20  # each gets a name
 
 _log = logging.getLogger(__name__)
 
@@ -62,9 +62,8 @@ class ShardSource:
         rows = [row for number, shard in enumerate(self._shards) for row in _scan(shard, number)]
         if not rows:
             raise UserError(f"data {root}: no images in the shards; expected .jpg, .png or .webp next to .cls")
-        labels = [label for *_, label in rows]
-        if not -1 <= min(labels) <= max(labels) < _MOST_CLASSES:
-            odd = min(labels) if min(labels) < -1 else max(labels)
+        odd = next((label for *_, label in rows if not -1 <= label < _MOST_CLASSES), None)
+        if odd is not None:
             _log.warning("data %s: a .cls file holds %d, which is no number of a class: labels are left out", root, odd)
             rows = [(shard, offset, size, -1) for shard, offset, size, _ in rows]
         self._rows = np.array(rows, dtype=np.int64)  # shard, offset, bytes, label

@@ -1,6 +1,6 @@
 """Tables and sentences of the READMEs that come from kernels/benchmarks/results; see tables.py."""
 
-from markdown_grid import Document, grid
+from markdown_grid import Document, grid, series
 
 
 def kernels(found: Document) -> list[str]:
@@ -29,9 +29,9 @@ def models(found: Document) -> list[str]:
 
 def summary_speed(found: Document) -> list[str]:
     """How many times as fast a student is as its teacher; one sentence."""
-    *figures, last = (f"{one['speedup']:.2f} ({one['height']} px)" for one in found["sizes"])
+    figures = series([f"{one['speedup']:.2f} ({one['height']} px)" for one in found["sizes"]])
     return [
-        f"**Speed.** A ViT-B/16 whose blocks all use scans is {', '.join(figures)} and {last} times as fast as its"
+        f"**Speed.** A ViT-B/16 whose blocks all use scans is {figures} times as fast as its"
         f" teacher, in PyTorch and {found['dtype']} on one {found['environment']['device']}."
     ]
 

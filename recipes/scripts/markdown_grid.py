@@ -15,3 +15,9 @@ def grid(head: Row, rows: Iterable[Row]) -> list[str]:
 def percent(share: float) -> str:
     """A share of 1 as text."""
     return f"{share:.1%}"
+
+
+def series(texts: Sequence[str]) -> str:
+    """One text or more, as people list them."""
+    *others, last = texts
+    return f"{', '.join(others)} and {last}" if others else last

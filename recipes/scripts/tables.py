@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import kernel_tables
-from markdown_grid import Document, grid, percent
+from markdown_grid import Document, grid, percent, series
 
 ROOT = Path(__file__).resolve().parents[2]
 PLACE = re.compile(r"(<!-- table:(\w+) -->\n).*?(?=<!-- end -->)", re.DOTALL)
@@ -123,11 +123,6 @@ def fashion(found: Document) -> list[str]:
         f" {longest['environment']['device']}. With {more} steps, {further['minutes']:.1f} minutes, the second seed of"
         f" the latter has {100 * further['evaluation']['top1']:.2f} %; the others were not run that long."
     ]
-
-
-def series(texts: list[str]) -> str:
-    """Texts as people list them."""
-    return " and ".join(filter(None, (", ".join(texts[:-1]), texts[-1])))
 
 
 def controls(found: Document) -> list[str]:
