@@ -10,6 +10,7 @@ from gspn2_kernels.tuning import SHARED
 
 # Bytes that a lane reads at once.
 VECTOR = 16
+CACHE_LINE = 128
 # Of an H100: as many programs at least keep it busy.
 MULTIPROCESSORS = 132
 
@@ -21,6 +22,13 @@ def shared_memory(device: torch.device) -> int:
         return SHARED
     properties = torch.cuda.get_device_properties(device)
     return properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
+
+
+@cache
+def takes_hints(device: torch.device) -> bool:
+    """Whether the L2 cache takes hints by line of CACHE_LINE bytes: NVIDIA's do, from compute capability 8.0 on."""
+    nvidia = device.type == "cuda" and torch.version.cuda is not None
+    return nvidia and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def by_pixel(t: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ One launch scans all four directions. See `triton_tiles` for who holds what.
 import triton
 import triton.language as tl
 
+from gspn2_kernels.triton_hold import hinted, hold
 from gspn2_kernels.triton_tiles import (
     SIZES,
     direction,
@@ -28,7 +29,7 @@ def line_scan_fwd_kernel(
     C: tl.constexpr, GC: tl.constexpr, SX: tl.constexpr, SL: tl.constexpr, SLD: tl.constexpr, SA: tl.constexpr,
     SAD: tl.constexpr, SAG: tl.constexpr, SU: tl.constexpr, SUD: tl.constexpr, SY: tl.constexpr, SYD: tl.constexpr,
     SAVE: tl.constexpr, WC: tl.constexpr, GRID: tl.constexpr, CL: tl.constexpr, BC: tl.constexpr, P: tl.constexpr,
-    NS: tl.constexpr, AHEAD: tl.constexpr, APART: tl.constexpr,
+    NS: tl.constexpr, AHEAD: tl.constexpr, APART: tl.constexpr, SHARE: tl.constexpr, HOLD: tl.constexpr,
 ):  # fmt: skip
     """Scan lines `first` to `last` of one direction of one image: program (channels and segment, direction, image).
 
@@ -37,7 +38,8 @@ def line_scan_fwd_kernel(
     sizes. So do those of planes (see `_planes`), in which lam times x, called lam, and u lie if there is no x. Pixels
     of y follow each other through the images. With SAVE, the states times state_scale go to `states` (B, 4, T, M, C),
     line by line. Where GRID is above 1, `scratch` holds 2 max(H, W) C numbers, C rounded up, a direction and image.
-    AHEAD reads a line one step before it is used: a warp that is alone then waits less, and holds more.
+    AHEAD reads a line one step before it is used: a warp that is alone then waits less, and holds more. SHARE lets the
+    lanes of a position share out its weights, HOLD keeps x in the L2 cache between the directions.
     """
     i_d, i_b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     T, M, step, across, start = direction(i_d, H, W)
@@ -47,7 +49,8 @@ def line_scan_fwd_kernel(
     o_v, o_pixel = o_c[:, None] + tl.arange(0, BC)[None, :], start + o_q * across
     w_step = tl.where(step < 0, -M, M)
     p_w = weights_of(
-        weights, i_b, i_d, sab, H, W, T, M, step, o_q, o_c, o_pixel, C, GC, SA, SAD, SAG, APART,
+        weights, i_b, i_d, sab, H, W, T, M, step, o_q, o_c, o_pixel, C, GC, SA, SAD, SAG, APART, across,
+        WC, CL, SHARE,
     )  # fmt: skip
     if x is None:
         p_x, steps = x, (w_step, 1)
@@ -59,15 +62,16 @@ def line_scan_fwd_kernel(
         p_u = u + i_b * sub + i_d * SUD + (o_pixel * SU)[:, None] + o_v
     p_y = y + i_b * (H * W * SY) + i_d * SYD + (o_pixel * SY)[:, None] + o_v
     p_s = states + (i_b * 4 + i_d) * (H * W * C) + (o_q * C)[:, None] + o_v
+    o_own, p_k = hinted(x, i_b * sxb, start, across, M, o_q, o_c, SX, WC, CL, BC, P, HOLD)
     p_h = handed_on(scratch, i_b * 4 + i_d, H, W, GRID, CL, BC)
     b_h = zeros(WC, BC, P)
     if GRID > 1:
         if launch > 0:
             b_h = get(p_h, launch % 2, M, origin, WC, CL, BC, P)
     _lines(
-        b_h, first, tl.minimum(last, T), segment, state_scale, step, across, steps, w_step, M, p_x, p_l, p_u, p_w,
-        p_y, p_s, p_h, (launch + 1) % 2, origin, o_q, low, tl.minimum(low + own, M), C, SX, SL, SU, SA, SY, SAVE,
-        WC, GRID, CL, BC, P, NS, AHEAD, APART,
+        b_h, first, tl.minimum(last, T), segment, state_scale, step, across, steps, w_step, T, M, p_x, p_k, p_l, p_u,
+        p_w, p_y, p_s, p_h, (launch + 1) % 2, origin, o_q, o_own, low, tl.minimum(low + own, M), C, SX, SL, SU, SA, SY,
+        SAVE, WC, GRID, CL, BC, P, NS, AHEAD, APART, SHARE, HOLD,
     )  # fmt: skip
 
 
@@ -88,21 +92,24 @@ def _planes(
 
 @triton.jit
 def _lines(
-    b_h, first, last, segment, state_scale, step, across, steps, w_step, M, p_x, p_l, p_u, p_w, p_y, p_s, p_h, buffer,
-    origin, o_q, low, high, C: tl.constexpr, SX: tl.constexpr, SL: tl.constexpr, SU: tl.constexpr, SA: tl.constexpr,
-    SY: tl.constexpr, SAVE: tl.constexpr, WC: tl.constexpr, GRID: tl.constexpr, CL: tl.constexpr, BC: tl.constexpr,
-    P: tl.constexpr, NS: tl.constexpr, AHEAD: tl.constexpr, APART: tl.constexpr,
+    b_h, first, last, segment, state_scale, step, across, steps, w_step, T, M, p_x, p_k, p_l, p_u, p_w, p_y, p_s, p_h,
+    buffer, origin, o_q, o_own, low, high, C: tl.constexpr, SX: tl.constexpr, SL: tl.constexpr, SU: tl.constexpr,
+    SA: tl.constexpr, SY: tl.constexpr, SAVE: tl.constexpr, WC: tl.constexpr, GRID: tl.constexpr, CL: tl.constexpr,
+    BC: tl.constexpr, P: tl.constexpr, NS: tl.constexpr, AHEAD: tl.constexpr, APART: tl.constexpr, SHARE: tl.constexpr,
+    HOLD: tl.constexpr,
 ):  # fmt: skip
     """Scan lines for which a segment needs nothing from its neighbours."""
     if AHEAD:
         keep = tl.where(first % segment == 0, 0.0, 1.0)
         line = read_line(first, last, keep, steps, w_step, M, low, high, p_x, p_l, p_u, p_w, o_q,
-                         SX, SL, SU, SA, 0, WC, GRID, P, APART)  # fmt: skip
+                         SX, SL, SU, SA, 0, WC, GRID, CL, P, APART, SHARE)  # fmt: skip
     for i in tl.range(first, last, num_stages=NS):
         i_r = i + 1 if AHEAD else i
+        if HOLD:
+            hold(p_k, steps[0] * SX, i, NS - 1, T, M, o_own, low, high)
         keep = tl.where(i_r % segment == 0, 0.0, 1.0)
         read = read_line(i_r, last, keep, steps, w_step, M, low, high, p_x, p_l, p_u, p_w, o_q,
-                         SX, SL, SU, SA, 0, WC, GRID, P, APART)  # fmt: skip
+                         SX, SL, SU, SA, 0, WC, GRID, CL, P, APART, SHARE)  # fmt: skip
         b_h = _advance(
             b_h, line if AHEAD else read, i * step, i * M, across, state_scale, p_y, p_s, o_q, low, high,
             C, SY, SAVE, WC, GRID, CL, BC, P,

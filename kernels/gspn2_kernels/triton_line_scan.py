@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from gspn2_kernels.memory import by_pixel, cdiv, power_of_2, shared_memory
+from gspn2_kernels.memory import CACHE_LINE, by_pixel, cdiv, power_of_2, shared_memory, takes_hints
 from gspn2_kernels.operands import empty_result
 from gspn2_kernels.triton_backward import line_scan_bwd_kernel
 from gspn2_kernels.triton_forward import line_scan_fwd_kernel
@@ -97,7 +97,8 @@ def scan_forward(
     # Those of planes follow from the sizes.
     by_image = [0, 0, 0] if x is None else [t.stride(0) for t in (x, lam, u)]
     by_image.insert(2, _between_images(weights, chosen))
-    constants = {**constants, "SY": y.stride(2), "SYD": y.stride(3)}
+    constants = {**constants, "SY": y.stride(2), "SYD": y.stride(3), "HOLD": x is not None and _holds(x, chosen)}
+    constants["SHARE"] = chosen.shares(channels, constants["GC"])
     scratch = _scratch(shape, chosen, y.device)
     for launch, first, last in _launches(shape, chosen):
         line_scan_fwd_kernel[_grid(shape, chosen)](
@@ -156,6 +157,7 @@ def _scan_backward(
     batch, height, width, _, channels = u.shape
     shape = (batch, height, width, channels)
     constants = {name: strides[name] for name in ("GC", "SU", "SUD", "SY", "SYD", "SA", "SAD", "SAG")}
+    constants["SHARE"] = chosen.shares(channels, constants["GC"])
     scratch = _scratch(shape, chosen, g.device)
     for launch, first, last in _launches(shape, chosen):
         line_scan_bwd_kernel[_grid(shape, chosen)](
@@ -221,6 +223,14 @@ def _check_offsets(*tensors: Tensor) -> None:
             raise ValueError(
                 f"an image of shape {tuple(t.shape[1:])} spans over 2^31 elements; split it, or scan on the CPU"
             )
+
+
+def _holds(x: Tensor, chosen: Plan) -> bool:
+    """Tell whether a program's channels of a pixel are a line of a cache that takes hints, with a lane for each."""
+    size = x.element_size()
+    aligned = [x.data_ptr(), x.stride(0) * size, x.stride(2) * size, chosen.tile * size]
+    whole = chosen.tile * size == CACHE_LINE and not any(number % CACHE_LINE for number in aligned)
+    return whole and chosen.P <= chosen.CL and takes_hints(x.device)
 
 
 def _between_images(weights: Tensor, chosen: Plan) -> int:

@@ -150,24 +150,32 @@ def needed(o_q, low, high, M, left, GRID: tl.constexpr):
 @triton.jit
 def read_line(
     i, last, keep, steps, w_step, M, low, high, p_x, p_l, p_u, p_w, o_q, SX: tl.constexpr, SL: tl.constexpr,
-    SU: tl.constexpr, SA: tl.constexpr, MORE: tl.constexpr, WC: tl.constexpr, GRID: tl.constexpr, P: tl.constexpr,
-    APART: tl.constexpr,
+    SU: tl.constexpr, SA: tl.constexpr, MORE: tl.constexpr, WC: tl.constexpr, GRID: tl.constexpr, CL: tl.constexpr,
+    P: tl.constexpr, APART: tl.constexpr, SHARE: tl.constexpr,
 ):  # fmt: skip
     """Read what line i takes from memory, nothing unless it comes before the `last` of this launch.
 
     For each of a lane's positions three weights, the product of l and x, or l without an x, and u where there is one.
     `steps` are the pixels from line to line and from position to position. p_w points to logits, which are normalised
-    here, or with APART to weights, w_step from line to line; keep = 0 cuts off the line before. What is handed on after
-    the last line is MORE lines further than that.
+    here, or with APART to weights, w_step from line to line; keep = 0 cuts off the line before. With SHARE each lane
+    normalises those of one position for all lanes that hold it. What is handed on after the last line is MORE lines
+    further than that.
     """
     line = ()
     left = tl.where(i < last, last - 1 - i + MORE, -1)
+    if SHARE:
+        o_own = o_q + _own_position(WC, CL)
+        b_a = tl.load(p_w + i * steps[0] * SA, mask=needed(o_own, low, high, M, left, GRID), other=0.0)
+        b_w0, _, b_w2 = weights(b_a, o_own <= 0, o_own >= M - 1, keep, WC * 32)
     for p in tl.static_range(P):
         o = i * steps[0] + p * steps[1]
         m_load = needed(o_q + p, low, high, M, left, GRID)
         if APART:
             w0, w2 = tl.split(tl.load(p_w + (i * w_step + p) * 2, mask=m_load, other=0.0))
             w1 = keep - (w0 + w2)  # the weights of a line that is not cut off add up to 1
+        elif SHARE:
+            w0, w2 = _from_lane(b_w0, p, WC, CL), _from_lane(b_w2, p, WC, CL)
+            w1 = keep - (w0 + w2)
         else:
             b_a = tl.load(p_w + o * SA, mask=m_load, other=0.0)
             w0, w1, w2 = weights(b_a, o_q + p <= 0, o_q + p >= M - 1, keep, WC * 32)
@@ -182,12 +190,28 @@ def read_line(
 
 
 @triton.jit
+def _own_position(WC: tl.constexpr, CL: tl.constexpr):
+    """Tell which of the positions that a lane shares with CL - 1 others it normalises the weights of."""
+    return tl.arange(0, WC * 32) % CL
+
+
+@triton.jit
+def _from_lane(b_v, p: tl.constexpr, WC: tl.constexpr, CL: tl.constexpr):
+    """Take what the p-th lane holds of the CL lanes that share positions: a shuffle."""
+    rows: tl.constexpr = WC * 32 // CL
+    found = tl.gather(tl.reshape(b_v, (rows, CL)), tl.full((rows, CL), p, tl.int32), 1)
+    return tl.reshape(found, (WC * 32,))
+
+
+@triton.jit
 def weights_of(
     p_w, i_b, i_d, sab, H, W, T, M, step, o_q, o_c, o_pixel, C: tl.constexpr, GC: tl.constexpr, SA: tl.constexpr,
-    SAD: tl.constexpr, SAG: tl.constexpr, APART: tl.constexpr,
+    SAD: tl.constexpr, SAG: tl.constexpr, APART: tl.constexpr, across, WC: tl.constexpr, CL: tl.constexpr,
+    SHARE: tl.constexpr,
 ):  # fmt: skip
     """Point to the logits of each lane in the line of o_pixel, or with APART to its weights; see `line_weights`.
 
+    With SHARE to the logits of one of its positions, which lie `across` pixels apart.
     A scan that takes lines by negative steps begins with the last of memory.
     """
     group = o_c // GC
@@ -196,6 +220,8 @@ def weights_of(
         o_w = (first + o_q)[:, None] * 2 + tl.arange(0, 2)[None, :]
         return p_w + (i_b * 4 + i_d) * (C // GC) * (H * W * 2) + (group * (H * W * 2))[:, None] + o_w
     else:
+        if SHARE:
+            o_pixel += _own_position(WC, CL) * across
         return p_w + i_b * sab + i_d * SAD + (o_pixel * SA + group * SAG)[:, None] + tl.arange(0, 4)[None, :]
 
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from gspn2_kernels.memory import cdiv
 from gspn2_kernels.triton_tiles import weights
 
-# Rows and columns of a tile of pixels.
-_TILE = 16
+# Rows and columns of a tile of pixels, and the tiles from which on a warp takes one alone.
+_TILE, _MANY = 8, 1024
 
 
 def line_weights(logits: Tensor, segment: int) -> Tensor:
@@ -35,9 +35,10 @@ def line_weights(logits: Tensor, segment: int) -> Tensor:
     out = logits.new_empty(batch, 4, groups, height * width, 2, dtype=torch.float32)
     tiles = cdiv(height, _TILE) * cdiv(width, _TILE)
     strides = dict(zip(("SA", "SAD", "SAG"), logits.stride()[2:5], strict=True))
-    weights_kernel[(4 * tiles, groups, batch)](
-        logits, out, height, width, segment or height + width, logits.stride(0), **strides, TILE=_TILE
-    )
+    weights_kernel[(tiles, groups, batch)](
+        logits, out, height, width, segment or height + width, logits.stride(0), **strides, TILE=_TILE,
+        num_warps=1 if tiles * groups * batch >= _MANY else 2,
+    )  # fmt: skip
     return out
 
 
@@ -45,21 +46,25 @@ def line_weights(logits: Tensor, segment: int) -> Tensor:
 def weights_kernel(
     logits, out, H, W, segment, sab, SA: tl.constexpr, SAD: tl.constexpr, SAG: tl.constexpr, TILE: tl.constexpr
 ):  # fmt: skip
-    """Write the weights of a tile of pixels: program (tile and direction, group, image).
+    """Write the weights of a tile of pixels: program (tile, group, image).
 
-    Logits have batch stride sab and strides SA of a pixel, SAD of a direction, SAG of a group.
+    Logits have batch stride sab and strides SA of a pixel, SAD of a direction, SAG of a group. Mostly their directions
+    lie side by side, and the first brings the others along.
     """
-    i_d, tile, i_g, i_b = tl.program_id(0) % 4, tl.program_id(0) // 4, tl.program_id(1), tl.program_id(2).to(tl.int64)
-    o, vertical = tl.arange(0, TILE * TILE), i_d < 2
-    # Pixels in the order of the direction's positions, so that runs of them are written.
-    row = tile // tl.cdiv(W, TILE) * TILE + tl.where(vertical, o // TILE, o % TILE)
-    column = tile % tl.cdiv(W, TILE) * TILE + tl.where(vertical, o % TILE, o // TILE)
-    there, o_k = ((row < H) & (column < W))[:, None], tl.arange(0, 4)[None, :]
-    p_a = logits + i_b * sab + i_d * SAD + i_g * SAG + ((row * W + column) * SA)[:, None] + o_k
-    b_w = outer_weights(tl.load(p_a, mask=there & (o_k < 3), other=0.0), i_d, row, column, H, W, segment, TILE * TILE)
-    o_q = tl.where(vertical, row * W + column, column * H + row)
-    p_w = out + ((i_b * 4 + i_d) * tl.num_programs(1) + i_g) * (H * W * 2) + (o_q * 2)[:, None]
-    tl.store(p_w + tl.arange(0, 2)[None, :], b_w, mask=there)
+    tile, i_g, i_b, o = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64), tl.arange(0, TILE * TILE)
+    first_row, first_column = tile // tl.cdiv(W, TILE) * TILE, tile % tl.cdiv(W, TILE) * TILE
+    o_k = tl.arange(0, 4)[None, :]
+    for i_d in tl.static_range(4):
+        # Pixels in the order of the direction's positions, so that runs of them are written.
+        row = first_row + (o // TILE if i_d < 2 else o % TILE)
+        column = first_column + (o % TILE if i_d < 2 else o // TILE)
+        o_q = row * W + column if i_d < 2 else column * H + row
+        there = ((row < H) & (column < W))[:, None]
+        p_a = logits + i_b * sab + i_d * SAD + i_g * SAG + ((row * W + column) * SA)[:, None] + o_k
+        b_a = tl.load(p_a, mask=there & (o_k < 3), other=0.0)
+        b_w = outer_weights(b_a, i_d, row, column, H, W, segment, TILE * TILE)
+        p_w = out + ((i_b * 4 + i_d) * tl.num_programs(1) + i_g) * (H * W * 2) + (o_q * 2)[:, None]
+        tl.store(p_w + tl.arange(0, 2)[None, :], b_w, mask=there)
 
 
 @triton.jit

@@ -45,6 +45,13 @@ class Plan(NamedTuple):
         """Channels of a program."""
         return self.CL * self.BC
 
+    def shares(self, channels: int, group: int) -> bool:
+        """Tell whether the lanes that share positions each normalise the logits of one, and pass its weights on.
+
+        There must be a lane for each position, and all have channels, of one group of so many.
+        """
+        return not self.APART and 1 < self.CL >= self.P and channels % self.tile == 0 and group % self.tile == 0
+
     def shared(self, itemsize: int) -> int:
         """Bytes of shared memory that a program takes at most, for numbers of so many bytes."""
         weights = 8 if self.APART else 4 * itemsize
@@ -72,6 +79,7 @@ class Rule(NamedTuple):
         stages: Stages of the pipeline.
         ahead: Read a line ahead.
         apart: Normalise logits in a launch of their own.
+        share: Not where the lanes of a position can share that out.
         pixel: Bytes of a pixel's channels at most, times the groups: of more groups a lane holds fewer channels.
     """
 
@@ -84,6 +92,7 @@ class Rule(NamedTuple):
     stages: int
     ahead: bool = False
     apart: bool = True
+    share: bool = False
     pixel: int = ENDLESS
 
 
@@ -92,13 +101,15 @@ class Rule(NamedTuple):
 # which wait for no other.
 Rules = tuple[tuple[int, tuple[Rule, ...]], ...]
 # Of grids that the memory must keep up with.
-SHORT, SMALL = Rule(16, 0, 0, 8, 16, 2, 4, apart=False), Rule(32, 0, 0, 4, 16, 2, 4, ahead=True)
+SHORT, SMALL = Rule(16, 0, 0, 8, 16, 2, 3, apart=False), Rule(32, 0, 0, 8, 16, 2, 4, share=True)
 MIDDLE, LARGE, LONG = (
     Rule(80, 0, 0, 8, 16, 4, 4, apart=False),
-    Rule(160, 0, 0, 8, 16, 8, 3),
-    Rule(ENDLESS, 64, 32, 8, 16, 8, 4),
+    Rule(160, 0, 0, 8, 16, 8, 4, share=True),
+    Rule(ENDLESS, 64, 32, 8, 16, 8, 4, share=True),
 )
 MANY = (SHORT, SMALL, MIDDLE, LARGE, LONG)
+# Where every multiprocessor has such lines: logits, whose directions lie side by side, are then read once.
+LARGE_OF_MANY = LARGE._replace(stages=3, share=False)
 # Segments of few channels may be longer if all multiprocessors have one even so: fewer bytes of halos.
 LONG_AND_NARROW = Rule(ENDLESS, 256, 32, 2, 16, 8, 4, pixel=32)
 # Of single images.
@@ -108,25 +119,38 @@ LONG_OF_FEW, LONG_OF_SOME = (
     Rule(ENDLESS, 16, 24, 1, 16, 1, 4, ahead=True),
 )
 FORWARD: Rules = (
-    (1024, (SHORT, SMALL, MIDDLE, LARGE, LONG_AND_NARROW, LONG)),
+    (1024, (SHORT, SMALL, MIDDLE, LARGE_OF_MANY, LONG_AND_NARROW, LONG)),
     (256, MANY),
     (64, (SMALL_OF_SOME, LARGE_OF_SOME, Rule(ENDLESS, 32, 48, 1, 8, 4, 4, ahead=True))),
     (0, (Rule(128, 0, 0, 1, 16, 1, 4, ahead=True), LONG_OF_FEW)),
 )
 BACKWARD: Rules = (
+    (1024, (SHORT, SMALL, MIDDLE, LARGE._replace(stages=3), LONG)),
     (256, MANY),
     (64, (SMALL_OF_SOME, LARGE_OF_SOME, LONG_OF_SOME)),
     (0, (Rule(128, 0, 0, 1, 8, 1, 4, ahead=True), LONG_OF_FEW)),
 )
-# A forward that keeps states writes more, and is as fast with fewer lines under way.
+# A forward that keeps states writes more: the longer lines are as fast with fewer under way.
+MIDDLE_OF_STATES = MIDDLE._replace(stages=3, apart=True, share=True)
+SHORTER = (SHORT, SMALL, MIDDLE_OF_STATES._replace(positions=64, stages=4), MIDDLE_OF_STATES)
 TRAIN: Rules = (
-    (256, (Rule(16, 0, 0, 8, 16, 4, 5, apart=False), SMALL, Rule(80, 0, 0, 8, 16, 4, 3), LARGE, LONG)),
-    *BACKWARD[1:],
+    (1024, (*SHORTER, LARGE_OF_MANY, LONG._replace(share=False))),
+    (256, (*SHORTER, LARGE, LONG._replace(share=False))),
+    *BACKWARD[-2:],
 )
 # Of planes a lane reads runs of memory whichever channels it has, so that warps may share lines of few channels.
 SHARED_LINES = (Rule(128, 0, 0, 2, 8, 4, 4, ahead=True), Rule(256, 0, 0, 2, 8, 8, 4, ahead=True))
 PLANES: Rules = (
-    (256, MANY),
+    (
+        256,
+        (
+            Rule(16, 0, 0, 8, 16, 2, 4),
+            Rule(32, 0, 0, 4, 16, 2, 4, ahead=True),
+            MIDDLE,
+            LARGE_OF_MANY,
+            LONG,
+        ),
+    ),
     (64, (SMALL_OF_SOME, *SHARED_LINES, LONG_OF_SOME)),
     (0, (*SHARED_LINES, LONG_OF_FEW)),
 )
@@ -187,6 +211,8 @@ def _fit(rule: Rule, positions: int, channels: int, groups: int, itemsize: int, 
         AHEAD=rule.ahead,
         APART=rule.apart,
     )
+    if rule.share and chosen._replace(APART=False).shares(channels, group):
+        chosen = chosen._replace(APART=False)
     # Where shared memory is smaller, first fewer lines under way, then fewer channels.
     while chosen.shared(itemsize) > shared and chosen.NS > 2:
         chosen = chosen._replace(NS=chosen.NS - 1)

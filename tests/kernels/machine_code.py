@@ -40,16 +40,17 @@ def main() -> None:
     strides = {"C": 64, "GC": 64, "SX": 64, "SL": 256, "SLD": 64, "SU": 256, "SUD": 64, "SA": 16, "SAD": 4, "SAG": 4}
     strides |= {"SY": 256, "SYD": 64}
     of_planes = {**strides, **dict.fromkeys(("SX", "SLD", "SUD", "SA", "SAD", "SAG"), 0), "SL": 64, "SU": 64}
-    of_planes |= {"SAVE": False, "x": None}
+    of_planes |= {"SAVE": False, "HOLD": False, "x": None}
+    alone = {**strides, "SAVE": False, "HOLD": False}
     print(
         json.dumps(
             {
                 "shared": shared_bytes(),
                 "wide": wide_products(),
-                "infer": describe(line_scan_fwd_kernel, forward, {**strides, "SAVE": False}),
-                "train": describe(line_scan_fwd_kernel, train, {**strides, "SAVE": True}),
+                "infer": describe(line_scan_fwd_kernel, forward, {**strides, "SAVE": False, "HOLD": True}),
+                "train": describe(line_scan_fwd_kernel, train, {**strides, "SAVE": True, "HOLD": True}),
                 "planes": describe(line_scan_fwd_kernel, plan(*shape, "planes")._replace(APART=True), of_planes),
-                "few warps": describe(line_scan_fwd_kernel, plan(1, 64, 64, 32, 1, 2), {**strides, "SAVE": False}),
+                "few warps": describe(line_scan_fwd_kernel, plan(1, 64, 64, 32, 1, 2), alone),
                 "backward": describe(line_scan_bwd_kernel, backward, strides),
                 "gradients": gradients(strides),
             }
@@ -97,7 +98,8 @@ def gradients(strides: dict[str, int]) -> dict[str, int]:
 
 def describe(kernel: triton.JITFunction, chosen: Plan, strides: dict[str, int]) -> dict[str, int]:
     """Count registers, bytes of stack and the instructions of the longest loop."""
-    constants = {name: value for name, value in {**strides, **chosen._asdict()}.items() if name in kernel.arg_names}
+    shares = {"SHARE": "GC" in strides and chosen.shares(strides["C"], strides["GC"])}
+    constants = {n: value for n, value in {**strides, **chosen._asdict(), **shares}.items() if n in kernel.arg_names}
     types = {"state_scale": "fp32", "states": "*fp16", "scratch": "*fp32"}
     types |= {"weights": "*fp32"} if chosen.APART else {}
     made = compiled(kernel, constants, types, chosen.WC, 90)

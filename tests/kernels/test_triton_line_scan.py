@@ -47,6 +47,8 @@ CASES = [
     pytest.param((1, 4, 21, 8), 2, 0, Plan(2, 2, 8, 1, 2, 3), id="two warps and two positions a lane in each of two"),
     pytest.param((1, 4, 5, 4), 1, 2, Plan(1, 1, 1, 4, 1, 3, AHEAD=True), id="a line read ahead"),
     pytest.param((1, 3, 9, 16), 1, 0, Plan(2, 1, 4, 4, 1, 4, AHEAD=True), id="two warps that read ahead"),
+    pytest.param((1, 4, 17, 32), 2, 3, Plan(1, 1, 4, 4, 3, 3), id="lanes share out weights, two groups"),
+    pytest.param((1, 7, 21, 16), 1, 0, Plan(2, 2, 4, 4, 2, 2), id="the same in two programs"),
 ]
 
 
@@ -91,6 +93,21 @@ def test_kernels_are_the_reference(shape, groups: int, segment: int, chosen: Pla
 def test_16_bits_in_memory_32_in_the_state(dtype: torch.dtype) -> None:
     inputs, dy = draw((1, 12, 5, 32), dtype=dtype, packed=True)
     check(reference(inputs, dy, 0), run(inputs, dy, 0, Plan(2, 1, 4, 8, 1, 3)), dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(3, 37, 18, 64), (2, 9, 40, 128), (5, 23, 23, 64)], ids=str)
+@pytest.mark.parametrize("grid", [1, 2])
+def test_hints_to_the_cache_change_no_bit(shape, grid: int) -> None:
+    """Pixels that are lines of the cache are held there between the directions; those across two lines are not."""
+    inputs, dy = draw(shape, dtype=torch.bfloat16)
+    chosen = Plan(4, grid, 8, 8, 4 // grid, 3)
+    across = torch.cat([inputs[0].flatten()[:8], inputs[0].flatten()])[8:].view(shape)
+    assert [kernels._holds(x, chosen) for x in (inputs[0], across)] == [True, False]
+    held = run(inputs, dy, 0, chosen)
+    check(reference(inputs, dy, 0), held, torch.bfloat16)
+    for name, a, b in zip(NAMES, held, run((across, *inputs[1:]), dy, 0, chosen), strict=True):
+        assert torch.equal(a, b), name
 
 
 def test_two_runs_give_equal_bits() -> None:
