@@ -100,14 +100,18 @@ class Rule(NamedTuple):
 # warps the time goes by the number of steps: lanes that hold less and take them faster pay, as do programs of one warp,
 # which wait for no other.
 Rules = tuple[tuple[int, tuple[Rule, ...]], ...]
-# Of grids that the memory must keep up with.
-SHORT, SMALL = Rule(16, 0, 0, 8, 16, 2, 3, apart=False), Rule(32, 0, 0, 8, 16, 2, 4, share=True)
+# Of grids that the memory must keep up with. NARROW: all channels of a pixel are a program's.
+NARROW = 128
+SHORT_AND_NARROW = Rule(16, 0, 0, 8, 16, 2, 3, apart=False, pixel=NARROW)
+SMALL_AND_NARROW = Rule(32, 0, 0, 8, 16, 2, 4, share=True, pixel=NARROW)
+SHORT, SMALL = Rule(16, 0, 0, 8, 16, 2, 4, apart=False), Rule(32, 0, 0, 4, 16, 2, 4, ahead=True)
+SHORTER = (SHORT_AND_NARROW, SHORT, SMALL_AND_NARROW, SMALL)
 MIDDLE, LARGE, LONG = (
     Rule(80, 0, 0, 8, 16, 4, 4, apart=False),
     Rule(160, 0, 0, 8, 16, 8, 4, share=True),
     Rule(ENDLESS, 64, 32, 8, 16, 8, 4, share=True),
 )
-MANY = (SHORT, SMALL, MIDDLE, LARGE, LONG)
+MANY = (*SHORTER, MIDDLE, LARGE, LONG)
 # Where every multiprocessor has such lines: logits, whose directions lie side by side, are then read once.
 LARGE_OF_MANY = LARGE._replace(stages=3, share=False)
 # Segments of few channels may be longer if all multiprocessors have one even so: fewer bytes of halos.
@@ -119,38 +123,29 @@ LONG_OF_FEW, LONG_OF_SOME = (
     Rule(ENDLESS, 16, 24, 1, 16, 1, 4, ahead=True),
 )
 FORWARD: Rules = (
-    (1024, (SHORT, SMALL, MIDDLE, LARGE_OF_MANY, LONG_AND_NARROW, LONG)),
+    (1024, (*SHORTER, MIDDLE, LARGE_OF_MANY, LONG_AND_NARROW, LONG)),
     (256, MANY),
     (64, (SMALL_OF_SOME, LARGE_OF_SOME, Rule(ENDLESS, 32, 48, 1, 8, 4, 4, ahead=True))),
     (0, (Rule(128, 0, 0, 1, 16, 1, 4, ahead=True), LONG_OF_FEW)),
 )
 BACKWARD: Rules = (
-    (1024, (SHORT, SMALL, MIDDLE, LARGE._replace(stages=3), LONG)),
+    (1024, (*SHORTER, MIDDLE, LARGE._replace(stages=3), LONG)),
     (256, MANY),
     (64, (SMALL_OF_SOME, LARGE_OF_SOME, LONG_OF_SOME)),
     (0, (Rule(128, 0, 0, 1, 8, 1, 4, ahead=True), LONG_OF_FEW)),
 )
-# A forward that keeps states writes more: the longer lines are as fast with fewer under way.
+# A forward that keeps states writes more: its longer lines are as fast with fewer under way.
 MIDDLE_OF_STATES = MIDDLE._replace(stages=3, apart=True, share=True)
-SHORTER = (SHORT, SMALL, MIDDLE_OF_STATES._replace(positions=64, stages=4), MIDDLE_OF_STATES)
+OF_STATES = (*SHORTER, MIDDLE_OF_STATES._replace(positions=64, stages=4), MIDDLE_OF_STATES)
 TRAIN: Rules = (
-    (1024, (*SHORTER, LARGE_OF_MANY, LONG._replace(share=False))),
-    (256, (*SHORTER, LARGE, LONG._replace(share=False))),
+    (1024, (*OF_STATES, LARGE_OF_MANY, LONG._replace(share=False))),
+    (256, (*OF_STATES, LARGE, LONG._replace(share=False))),
     *BACKWARD[-2:],
 )
 # Of planes a lane reads runs of memory whichever channels it has, so that warps may share lines of few channels.
 SHARED_LINES = (Rule(128, 0, 0, 2, 8, 4, 4, ahead=True), Rule(256, 0, 0, 2, 8, 8, 4, ahead=True))
 PLANES: Rules = (
-    (
-        256,
-        (
-            Rule(16, 0, 0, 8, 16, 2, 4),
-            Rule(32, 0, 0, 4, 16, 2, 4, ahead=True),
-            MIDDLE,
-            LARGE_OF_MANY,
-            LONG,
-        ),
-    ),
+    (256, (SHORT, SMALL, MIDDLE, LARGE_OF_MANY, LONG)),
     (64, (SMALL_OF_SOME, *SHARED_LINES, LONG_OF_SOME)),
     (0, (*SHARED_LINES, LONG_OF_FEW)),
 )
