@@ -1,6 +1,6 @@
 """Time the first call of the line scan in a process: with an empty cache, when Triton compiles, and with a filled one.
 
-    python kernels/benchmarks/cold_start.py --output kernels/benchmarks/results/cold_start_h100.json
+    python kernels/benchmarks/cold_start.py --output kernels/benchmarks/results/cold_start_h200.json
 
 Each call is made in a process of its own, after PyTorch has started the GPU. `infer` is a first call without, `train`
 one with gradients, forward and backward, of a loss. The import of PyTorch is not counted; that of Triton is, for a

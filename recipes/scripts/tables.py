@@ -112,16 +112,19 @@ def mean_and_tail(cosine: dict[str, float]) -> str:
 
 def fashion(found: Document) -> list[str]:
     """Top-1 of the students of a ViT-Ti."""
-    pure, auto = ([row for name, row in found.items() if name.startswith(kind)] for kind in ("pure-", "auto-"))
-    top1 = [series([f"{100 * row['evaluation']['top1']:.2f}" for row in rows]) for rows in (pure, auto)]
-    longest, further = max((*pure, *auto), key=lambda row: float(row["minutes"])), found["longer_auto-1"]
-    steps, more = (f"{row['recipe']['recover']['steps']:,}" for row in (longest, further))
+    kinds = ("pure-", "auto-", "longer_pure-", "longer_auto-")
+    rows = [[row for name, row in found.items() if name.startswith(kind)] for kind in kinds]
+    top1 = [series([f"{100 * row['evaluation']['top1']:.2f}" for row in seeds]) for seeds in rows]
+    longest = [max(sum(pair, []), key=lambda row: float(row["minutes"])) for pair in (rows[:2], rows[2:])]
+    (steps, minutes), (more, further) = (
+        (f"{row['recipe']['recover']['steps']:,}", f"{row['minutes']:.1f}") for row in longest
+    )
     return [
-        f"A ViT-Ti on Fashion-MNIST has a top-1 of {100 * longest['evaluation']['teacher_top1']:.2f} %. Its students"
+        f"A ViT-Ti on Fashion-MNIST has a top-1 of {100 * longest[0]['evaluation']['teacher_top1']:.2f} %. Its students"
         f" have {top1[0]} % with no block of attention, and {top1[1]} % with three blocks of it (one figure per seed),"
-        f" after {steps} steps of stage 2, at most {longest['minutes']:.1f} minutes on one"
-        f" {longest['environment']['device']}. With {more} steps, {further['minutes']:.1f} minutes, the second seed of"
-        f" the latter has {100 * further['evaluation']['top1']:.2f} %; the others were not run that long."
+        f" after {steps} steps of stage 2, at most {minutes} minutes on one {longest[0]['environment']['device']}. After"
+        f" {more} steps, at most {further} minutes, the former have {top1[2]} % ({len(rows[2])} of the seeds), the"
+        f" latter {top1[3]} %."
     ]
 
 
