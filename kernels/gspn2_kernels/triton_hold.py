@@ -1,9 +1,10 @@
 """Hints to the L2 cache for x, which every direction reads at another time, mostly long after the cache has lost it.
 
-Of the four scans that come by a pixel, the one whose lines run along the nearest edge is the first, and the one that
-comes from the opposite edge the last. The first asks the cache to hold the pixel, the last lets it go: what is held
-after the last reader would only take room from others. Nothing but time depends on it. Pixels are whole lines of the
-cache (`takes_hints`), and each lane hints at one of the positions that it shares with others.
+Scans of all directions take about as long, so of the four that come by a pixel the one that starts at the nearest
+edge, measured in parts of the side, is the first, and the one from the opposite edge the last. The first asks the cache
+to hold the pixel, the last lets it go: what is held after the last reader would only take room from others. Programs do
+not wait for each other, but nothing except time depends on it. Pixels are whole lines of the cache (`takes_hints`), and
+each lane hints at one of the positions that it shares with others.
 """
 
 # What kernels take are pointers, blocks and constants, of which only the last have types.
@@ -11,6 +12,8 @@ cache (`takes_hints`), and each lane hints at one of the positions that it share
 
 import triton
 import triton.language as tl
+
+from gspn2_kernels.triton_tiles import own_position
 
 _HOLD = tl.constexpr("{ .reg .pred p; setp.ne.s32 p, $2, 0; @p prefetch.global.L2::evict_last [$1]; mov.s32 $0, 0; }")
 _LET_GO = tl.constexpr(
@@ -27,8 +30,7 @@ def hinted(
 
     `image` are the numbers before the image, `start` and `across` as `direction` tells them.
     """
-    own = tl.arange(0, WC * 32) % CL
-    o_own = tl.where(own < P, o_q + own, M)
+    o_own = own_position(o_q, M, WC, CL, P)
     if HOLD:
         return o_own, x + image + (start + o_own * across) * SX + o_c // (CL * BC) * (CL * BC)
     else:
@@ -39,14 +41,14 @@ def hinted(
 def hold(p_x, step, i, ahead, T, M, o_own, low, high):
     """Hold what this scan is the first to read `ahead` lines after line i, and let go what it is the last to read now.
 
-    p_x points to the pixels of line 0 that the lanes hint at, at positions o_own; lines are `step` numbers apart. Of a
-    line low to high are this program's.
+    What it reads before its loop begins, `ahead` lines, is not held. p_x points to the pixels of line 0 that the lanes
+    hint at, at positions o_own; lines are `step` numbers apart. Of a line low to high are this program's.
     """
     here = (o_own >= low) & (o_own < high)
-    edge = tl.minimum(o_own, M - 1 - o_own)
+    edge = tl.minimum(o_own, M - 1 - o_own) * T
     far = i + ahead
-    _hint(_HOLD, p_x + far * step, here & (2 * far < T - 1) & (far <= edge))
-    _hint(_LET_GO, p_x + i * step, here & (2 * i > T - 1) & (T - 1 - i <= edge))
+    _hint(_HOLD, p_x + far * step, here & (2 * far < T - 1) & (far * M <= edge))
+    _hint(_LET_GO, p_x + i * step, here & (2 * i > T - 1) & ((T - 1 - i) * M <= edge))
 
 
 @triton.jit

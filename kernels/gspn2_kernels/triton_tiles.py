@@ -164,7 +164,7 @@ def read_line(
     line = ()
     left = tl.where(i < last, last - 1 - i + MORE, -1)
     if SHARE:
-        o_own = o_q + _own_position(WC, CL)
+        o_own = own_position(o_q, M, WC, CL, P)
         b_a = tl.load(p_w + i * steps[0] * SA, mask=needed(o_own, low, high, M, left, GRID), other=0.0)
         b_w0, _, b_w2 = weights(b_a, o_own <= 0, o_own >= M - 1, keep, WC * 32)
     for p in tl.static_range(P):
@@ -190,9 +190,10 @@ def read_line(
 
 
 @triton.jit
-def _own_position(WC: tl.constexpr, CL: tl.constexpr):
-    """Tell which of the positions that a lane shares with CL - 1 others it normalises the weights of."""
-    return tl.arange(0, WC * 32) % CL
+def own_position(o_q, M, WC: tl.constexpr, CL: tl.constexpr, P: tl.constexpr):
+    """Tell which of its P positions, which it shares with CL - 1 other lanes, a lane works on alone; M if none."""
+    own = tl.arange(0, WC * 32) % CL
+    return tl.where(own < P, o_q + own, M)
 
 
 @triton.jit
@@ -221,7 +222,7 @@ def weights_of(
         return p_w + (i_b * 4 + i_d) * (C // GC) * (H * W * 2) + (group * (H * W * 2))[:, None] + o_w
     else:
         if SHARE:
-            o_pixel += _own_position(WC, CL) * across
+            o_pixel += tl.arange(0, WC * 32) % CL * across
         return p_w + i_b * sab + i_d * SAD + (o_pixel * SA + group * SAG)[:, None] + tl.arange(0, 4)[None, :]
 
 

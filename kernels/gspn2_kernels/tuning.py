@@ -48,9 +48,9 @@ class Plan(NamedTuple):
     def shares(self, channels: int, group: int) -> bool:
         """Tell whether the lanes that share positions each normalise the logits of one, and pass its weights on.
 
-        There must be a lane for each position, and all have channels, of one group of so many.
+        There must be several positions and a lane for each, and all lanes have channels, of one group of so many.
         """
-        return not self.APART and 1 < self.CL >= self.P and channels % self.tile == 0 and group % self.tile == 0
+        return not self.APART and 1 < self.P <= self.CL and channels % self.tile == 0 and group % self.tile == 0
 
     def shared(self, itemsize: int) -> int:
         """Bytes of shared memory that a program takes at most, for numbers of so many bytes."""
@@ -79,8 +79,9 @@ class Rule(NamedTuple):
         stages: Stages of the pipeline.
         ahead: Read a line ahead.
         apart: Normalise logits in a launch of their own.
-        share: Not where the lanes of a position can share that out.
+        share: If apart, then not where lanes can share that out, see `Plan.shares`.
         pixel: Bytes of a pixel's channels at most, times the groups: of more groups a lane holds fewer channels.
+        whole: Only where a program holds all channels of a pixel.
     """
 
     positions: int
@@ -94,18 +95,18 @@ class Rule(NamedTuple):
     apart: bool = True
     share: bool = False
     pixel: int = ENDLESS
+    whole: bool = False
 
 
 # Each by the number of warps at least, shortest lines first; chosen on H200s with kernels/benchmarks/tune.py. With few
 # warps the time goes by the number of steps: lanes that hold less and take them faster pay, as do programs of one warp,
 # which wait for no other.
 Rules = tuple[tuple[int, tuple[Rule, ...]], ...]
-# Of grids that the memory must keep up with. NARROW: all channels of a pixel are a program's.
-NARROW = 128
-SHORT_AND_NARROW = Rule(16, 0, 0, 8, 16, 2, 3, apart=False, pixel=NARROW)
-SMALL_AND_NARROW = Rule(32, 0, 0, 8, 16, 2, 4, share=True, pixel=NARROW)
+# Of grids that the memory must keep up with.
+SHORT_AND_WHOLE = Rule(16, 0, 0, 8, 16, 2, 3, apart=False, whole=True)
+SMALL_AND_WHOLE = Rule(32, 0, 0, 8, 16, 2, 4, share=True, whole=True)
 SHORT, SMALL = Rule(16, 0, 0, 8, 16, 2, 4, apart=False), Rule(32, 0, 0, 4, 16, 2, 4, ahead=True)
-SHORTER = (SHORT_AND_NARROW, SHORT, SMALL_AND_NARROW, SMALL)
+SHORTER = (SHORT_AND_WHOLE, SHORT, SMALL_AND_WHOLE, SMALL)
 MIDDLE, LARGE, LONG = (
     Rule(80, 0, 0, 8, 16, 4, 4, apart=False),
     Rule(160, 0, 0, 8, 16, 8, 4, share=True),
@@ -178,8 +179,9 @@ def plan(
     """
     positions = max(height, width)
     for least, rules in RULES[kernel]:
-        rule = next(r for r in rules if positions <= r.positions and channels * groups * itemsize <= r.pixel)
-        chosen = _fit(rule, positions, channels, groups, itemsize, shared)
+        fitting = (r for r in rules if positions <= r.positions and channels * groups * itemsize <= r.pixel)
+        plans = ((r, _fit(r, positions, channels, groups, itemsize, shared)) for r in fitting)
+        chosen = next(made for r, made in plans if not r.whole or made.tile >= channels)
         if 4 * batch * chosen.GRID * chosen.WC * -(-channels // chosen.tile) >= least:
             break
     return chosen

@@ -122,9 +122,9 @@ def fashion(found: Document) -> list[str]:
     return [
         f"A ViT-Ti on Fashion-MNIST has a top-1 of {100 * longest[0]['evaluation']['teacher_top1']:.2f} %. Its students"
         f" have {top1[0]} % with no block of attention, and {top1[1]} % with three blocks of it (one figure per seed),"
-        f" after {steps} steps of stage 2, at most {minutes} minutes on one {longest[0]['environment']['device']}. After"
-        f" {more} steps, at most {further} minutes, the former have {top1[2]} % ({len(rows[2])} of the seeds), the"
-        f" latter {top1[3]} %."
+        f" after {steps} steps of stage 2, at most {minutes} minutes on one {longest[0]['environment']['device']}."
+        f" After {more} steps, at most {further} minutes, the former have {top1[2]} % ({len(rows[2])} of the seeds),"
+        f" the latter {top1[3]} %."
     ]
 
 
