@@ -98,7 +98,7 @@ def scan_forward(
     by_image = [0, 0, 0] if x is None else [t.stride(0) for t in (x, lam, u)]
     by_image.insert(2, _between_images(weights, chosen))
     constants = {**constants, "SY": y.stride(2), "SYD": y.stride(3), "HOLD": x is not None and _holds(x, chosen)}
-    constants["SHARE"] = chosen.shares(channels, constants["GC"])
+    constants["SHARE"] = chosen.shares(constants["GC"])
     scratch = _scratch(shape, chosen, y.device)
     for launch, first, last in _launches(shape, chosen):
         line_scan_fwd_kernel[_grid(shape, chosen)](
@@ -157,7 +157,7 @@ def _scan_backward(
     batch, height, width, _, channels = u.shape
     shape = (batch, height, width, channels)
     constants = {name: strides[name] for name in ("GC", "SU", "SUD", "SY", "SYD", "SA", "SAD", "SAG")}
-    constants["SHARE"] = chosen.shares(channels, constants["GC"])
+    constants["SHARE"] = chosen.shares(constants["GC"])
     scratch = _scratch(shape, chosen, g.device)
     for launch, first, last in _launches(shape, chosen):
         line_scan_bwd_kernel[_grid(shape, chosen)](

@@ -45,12 +45,12 @@ class Plan(NamedTuple):
         """Channels of a program."""
         return self.CL * self.BC
 
-    def shares(self, channels: int, group: int) -> bool:
+    def shares(self, group: int) -> bool:
         """Tell whether the lanes that share positions each normalise the logits of one, and pass its weights on.
 
-        There must be several positions and a lane for each, and all lanes have channels, of one group of so many.
+        There must be several positions and a lane for each, and all channels of a program be of a group of so many.
         """
-        return not self.APART and 1 < self.P <= self.CL and channels % self.tile == 0 and group % self.tile == 0
+        return not self.APART and 1 < self.P <= self.CL and group % self.tile == 0
 
     def shared(self, itemsize: int) -> int:
         """Bytes of shared memory that a program takes at most, for numbers of so many bytes."""
@@ -208,7 +208,7 @@ def _fit(rule: Rule, positions: int, channels: int, groups: int, itemsize: int, 
         AHEAD=rule.ahead,
         APART=rule.apart,
     )
-    if rule.share and chosen._replace(APART=False).shares(channels, group):
+    if rule.share and chosen._replace(APART=False).shares(group):
         chosen = chosen._replace(APART=False)
     # Where shared memory is smaller, first fewer lines under way, then fewer channels.
     while chosen.shared(itemsize) > shared and chosen.NS > 2:

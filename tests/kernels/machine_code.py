@@ -98,7 +98,7 @@ def gradients(strides: dict[str, int]) -> dict[str, int]:
 
 def describe(kernel: triton.JITFunction, chosen: Plan, strides: dict[str, int]) -> dict[str, int]:
     """Count registers, bytes of stack and the instructions of the longest loop."""
-    shares = {"SHARE": "GC" in strides and chosen.shares(strides["C"], strides["GC"])}
+    shares = {"SHARE": "GC" in strides and chosen.shares(strides["GC"])}
     constants = {n: value for n, value in {**strides, **chosen._asdict(), **shares}.items() if n in kernel.arg_names}
     types = {"state_scale": "fp32", "states": "*fp16", "scratch": "*fp32"}
     types |= {"weights": "*fp32"} if chosen.APART else {}
