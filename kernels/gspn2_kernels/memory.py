@@ -10,6 +10,7 @@ from gspn2_kernels.tuning import SHARED
 
 # Bytes that a lane reads at once.
 VECTOR = 16
+# Bytes of a line of NVIDIA's caches.
 CACHE_LINE = 128
 # Of an H100: as many programs at least keep it busy.
 MULTIPROCESSORS = 132

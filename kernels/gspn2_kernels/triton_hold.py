@@ -3,8 +3,8 @@
 Scans of all directions take about as long, so of the four that come by a pixel the one that starts at the nearest
 edge, measured in parts of the side, is the first, and the one from the opposite edge the last. The first asks the cache
 to hold the pixel, the last lets it go: what is held after the last reader would only take room from others. Programs do
-not wait for each other, but nothing except time depends on it. Pixels are whole lines of the cache (`takes_hints`), and
-each lane hints at one of the positions that it shares with others.
+not wait for each other, but nothing except time depends on it. A program's channels of a pixel are a whole line of the
+cache, and each lane hints at one of the positions that it shares with others.
 """
 
 # What kernels take are pointers, blocks and constants, of which only the last have types.
