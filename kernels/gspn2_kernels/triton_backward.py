@@ -16,6 +16,7 @@ from gspn2_kernels.triton_tiles import (
     get,
     handed_on,
     neighbour,
+    own_position,
     place,
     put,
     read_line,
@@ -41,7 +42,7 @@ def line_scan_bwd_kernel(
     T, M, step, across, start = direction(i_d, H, W)
     own, origin = segments(M, GRID, WC * 32 // CL, P)
     o_q, o_c = place(M, origin, C, WC, GRID, CL, BC, P)
-    low = tl.program_id(0) % GRID * own
+    o_own, low = own_position(o_q, M, WC, CL, P), tl.program_id(0) % GRID * own
     o_v, start = o_c[:, None] + tl.arange(0, BC)[None, :], start + (T - 1) * step
     o_pixel = start + o_q * across
     p_u = u + i_b * sub + i_d * SUD + (o_pixel * SU)[:, None] + o_v
@@ -49,8 +50,7 @@ def line_scan_bwd_kernel(
     # From the last line on.
     w_step = tl.where(step < 0, M, -M)
     p_w = weights_of(
-        weights, i_b, i_d, sab, H, W, T, M, -step, o_q, o_c, o_pixel, C, GC, SA, SAD, SAG, APART, across,
-        WC, CL, SHARE,
+        weights, i_b, i_d, sab, H, W, T, M, -step, across, start, o_q, o_own, o_c, C, GC, SA, SAD, SAG, APART, SHARE,
     )  # fmt: skip
     p_g = g + (i_b * 4 + i_d) * (H * W * C) + (o_q * C + o_c)[:, None] + tl.arange(0, BC)[None, :]
     p_h = handed_on(scratch, i_b * 4 + i_d, H, W, GRID, CL, BC)
@@ -59,8 +59,8 @@ def line_scan_bwd_kernel(
         if launch > 0:
             b_g = get(p_h, launch % 2, M, origin, WC, CL, BC, P)
     b_g = _lines(
-        b_g, first, tl.minimum(last, T), T, segment, (-step, across), w_step, M, p_y, p_u, p_w, p_g, o_q, low,
-        tl.minimum(low + own, M), C, SY, SU, SA, WC, GRID, CL, BC, P, NS, AHEAD, APART, SHARE,
+        b_g, first, tl.minimum(last, T), T, segment, (-step, across), w_step, M, p_y, p_u, p_w, p_g, o_q, o_own,
+        low, tl.minimum(low + own, M), C, SY, SU, SA, WC, GRID, CL, BC, P, NS, AHEAD, APART, SHARE,
     )  # fmt: skip
     if GRID > 1:
         put(b_g, p_h, (launch + 1) % 2, M, origin, low, tl.minimum(low + own, M), WC, CL, BC, P)
@@ -68,7 +68,7 @@ def line_scan_bwd_kernel(
 
 @triton.jit
 def _lines(
-    b_g, first, last, T, segment, steps, w_step, M, p_y, p_u, p_w, p_g, o_q, low, high,
+    b_g, first, last, T, segment, steps, w_step, M, p_y, p_u, p_w, p_g, o_q, o_own, low, high,
     C: tl.constexpr, SY: tl.constexpr, SU: tl.constexpr, SA: tl.constexpr, WC: tl.constexpr, GRID: tl.constexpr,
     CL: tl.constexpr, BC: tl.constexpr, P: tl.constexpr, NS: tl.constexpr, AHEAD: tl.constexpr, APART: tl.constexpr,
     SHARE: tl.constexpr,
@@ -76,12 +76,12 @@ def _lines(
     """Go through lines for which a segment needs nothing from its neighbours."""
     if AHEAD:
         keep = tl.where((T - 1 - first) % segment == 0, 0.0, 1.0)
-        line = read_line(first, last, keep, steps, w_step, M, low, high, p_y, p_u, None, p_w, o_q,
+        line = read_line(first, last, keep, steps, w_step, M, low, high, p_y, p_u, None, p_w, o_q, o_own,
                          SY, SU, 0, SA, 1, WC, GRID, CL, P, APART, SHARE)  # fmt: skip
     for i in tl.range(first, last, num_stages=NS):
         i_r = i + 1 if AHEAD else i
         keep = tl.where((T - 1 - i_r) % segment == 0, 0.0, 1.0)
-        read = read_line(i_r, last, keep, steps, w_step, M, low, high, p_y, p_u, None, p_w, o_q,
+        read = read_line(i_r, last, keep, steps, w_step, M, low, high, p_y, p_u, None, p_w, o_q, o_own,
                          SY, SU, 0, SA, 1, WC, GRID, CL, P, APART, SHARE)  # fmt: skip
         b_g = _advance(b_g, line if AHEAD else read, p_g + (T - 1 - i) * M * C, o_q, low, high, C,
                        WC, GRID, CL, BC, P)  # fmt: skip

@@ -13,6 +13,7 @@ from gspn2_kernels.triton_tiles import (
     get,
     handed_on,
     neighbour,
+    own_position,
     place,
     put,
     read_line,
@@ -45,12 +46,11 @@ def line_scan_fwd_kernel(
     T, M, step, across, start = direction(i_d, H, W)
     own, origin = segments(M, GRID, WC * 32 // CL, P)
     o_q, o_c = place(M, origin, C, WC, GRID, CL, BC, P)
-    low = tl.program_id(0) % GRID * own
+    o_own, low = own_position(o_q, M, WC, CL, P), tl.program_id(0) % GRID * own
     o_v, o_pixel = o_c[:, None] + tl.arange(0, BC)[None, :], start + o_q * across
     w_step = tl.where(step < 0, -M, M)
     p_w = weights_of(
-        weights, i_b, i_d, sab, H, W, T, M, step, o_q, o_c, o_pixel, C, GC, SA, SAD, SAG, APART, across,
-        WC, CL, SHARE,
+        weights, i_b, i_d, sab, H, W, T, M, step, across, start, o_q, o_own, o_c, C, GC, SA, SAD, SAG, APART, SHARE,
     )  # fmt: skip
     if x is None:
         p_x, steps = x, (w_step, 1)
@@ -62,7 +62,7 @@ def line_scan_fwd_kernel(
         p_u = u + i_b * sub + i_d * SUD + (o_pixel * SU)[:, None] + o_v
     p_y = y + i_b * (H * W * SY) + i_d * SYD + (o_pixel * SY)[:, None] + o_v
     p_s = states + (i_b * 4 + i_d) * (H * W * C) + (o_q * C)[:, None] + o_v
-    o_own, p_k = hinted(x, i_b * sxb, start, across, M, o_q, o_c, SX, WC, CL, BC, P, HOLD)
+    p_k = hinted(x, i_b * sxb, start, across, o_own, o_c, SX, CL, BC, HOLD)
     p_h = handed_on(scratch, i_b * 4 + i_d, H, W, GRID, CL, BC)
     b_h = zeros(WC, BC, P)
     if GRID > 1:
@@ -101,14 +101,14 @@ def _lines(
     """Scan lines for which a segment needs nothing from its neighbours."""
     if AHEAD:
         keep = tl.where(first % segment == 0, 0.0, 1.0)
-        line = read_line(first, last, keep, steps, w_step, M, low, high, p_x, p_l, p_u, p_w, o_q,
+        line = read_line(first, last, keep, steps, w_step, M, low, high, p_x, p_l, p_u, p_w, o_q, o_own,
                          SX, SL, SU, SA, 0, WC, GRID, CL, P, APART, SHARE)  # fmt: skip
     for i in tl.range(first, last, num_stages=NS):
         i_r = i + 1 if AHEAD else i
         if HOLD:
             hold(p_k, steps[0] * SX, i, NS - 1, T, M, o_own, low, high)
         keep = tl.where(i_r % segment == 0, 0.0, 1.0)
-        read = read_line(i_r, last, keep, steps, w_step, M, low, high, p_x, p_l, p_u, p_w, o_q,
+        read = read_line(i_r, last, keep, steps, w_step, M, low, high, p_x, p_l, p_u, p_w, o_q, o_own,
                          SX, SL, SU, SA, 0, WC, GRID, CL, P, APART, SHARE)  # fmt: skip
         b_h = _advance(
             b_h, line if AHEAD else read, i * step, i * M, across, state_scale, p_y, p_s, o_q, low, high,

@@ -13,8 +13,6 @@ cache, and each lane hints at one of the positions that it shares with others.
 import triton
 import triton.language as tl
 
-from gspn2_kernels.triton_tiles import own_position
-
 _HOLD = tl.constexpr("{ .reg .pred p; setp.ne.s32 p, $2, 0; @p prefetch.global.L2::evict_last [$1]; mov.s32 $0, 0; }")
 _LET_GO = tl.constexpr(
     "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p applypriority.global.L2::evict_normal [$1], 128; mov.s32 $0, 0; }"
@@ -23,18 +21,16 @@ _LET_GO = tl.constexpr(
 
 @triton.jit
 def hinted(
-    x, image, start, across, M, o_q, o_c, SX: tl.constexpr, WC: tl.constexpr, CL: tl.constexpr, BC: tl.constexpr,
-    P: tl.constexpr, HOLD: tl.constexpr,
+    x, image, start, across, o_own, o_c, SX: tl.constexpr, CL: tl.constexpr, BC: tl.constexpr, HOLD: tl.constexpr
 ):  # fmt: skip
-    """Tell the position that each lane hints at, M for lanes without one, and point to its pixel of the first line.
+    """Point to the pixel of the first line that each lane hints at, at position o_own.
 
     `image` are the numbers before the image, `start` and `across` as `direction` tells them.
     """
-    o_own = own_position(o_q, M, WC, CL, P)
     if HOLD:
-        return o_own, x + image + (start + o_own * across) * SX + o_c // (CL * BC) * (CL * BC)
+        return x + image + (start + o_own * across) * SX + o_c // (CL * BC) * (CL * BC)
     else:
-        return o_own, o_own  # nothing points there
+        return o_own  # nothing points there
 
 
 @triton.jit

@@ -98,13 +98,12 @@ def scan_forward(
     by_image = [0, 0, 0] if x is None else [t.stride(0) for t in (x, lam, u)]
     by_image.insert(2, _between_images(weights, chosen))
     constants = {**constants, "SY": y.stride(2), "SYD": y.stride(3), "HOLD": x is not None and _holds(x, chosen)}
-    constants["SHARE"] = chosen.shares(constants["GC"])
     scratch = _scratch(shape, chosen, y.device)
     for launch, first, last in _launches(shape, chosen):
         line_scan_fwd_kernel[_grid(shape, chosen)](
             *inputs, y, y if states is None else states, scratch, first, last, launch, height, width,
             segment or height + width, 1 / _state_scale(y), *by_image, C=channels, SAVE=states is not None,
-            num_warps=chosen.WC, **constants, **chosen._asdict(),
+            **constants, **_planned(chosen, constants["GC"]),
         )  # fmt: skip
 
 
@@ -157,13 +156,12 @@ def _scan_backward(
     batch, height, width, _, channels = u.shape
     shape = (batch, height, width, channels)
     constants = {name: strides[name] for name in ("GC", "SU", "SUD", "SY", "SYD", "SA", "SAD", "SAG")}
-    constants["SHARE"] = chosen.shares(constants["GC"])
     scratch = _scratch(shape, chosen, g.device)
     for launch, first, last in _launches(shape, chosen):
         line_scan_bwd_kernel[_grid(shape, chosen)](
             u, dy, weights, g, scratch, first, last, launch, height, width, segment or height + width, u.stride(0),
-            dy.stride(0), _between_images(weights, chosen), C=channels, **constants, **chosen._asdict(),
-            num_warps=chosen.WC,
+            dy.stride(0), _between_images(weights, chosen), C=channels, **constants,
+            **_planned(chosen, constants["GC"]),
         )  # fmt: skip
 
 
@@ -225,12 +223,16 @@ def _check_offsets(*tensors: Tensor) -> None:
             )
 
 
+def _planned(chosen: Plan, group: int) -> dict[str, int]:
+    """Name what a scan's launch takes from its plan, for groups of so many channels."""
+    return {**chosen._asdict(), "SHARE": chosen.shares(group), "num_warps": chosen.WC}
+
+
 def _holds(x: Tensor, chosen: Plan) -> bool:
     """Tell whether a program's channels of a pixel are a line of a cache that takes hints, with a lane for each."""
     size = x.element_size()
-    aligned = [x.data_ptr(), x.stride(0) * size, x.stride(2) * size, chosen.tile * size]
-    whole = chosen.tile * size == CACHE_LINE and not any(number % CACHE_LINE for number in aligned)
-    return whole and chosen.P <= chosen.CL and takes_hints(x.device)
+    aligned = not any(n % CACHE_LINE for n in (x.data_ptr(), x.stride(0) * size, x.stride(2) * size))
+    return chosen.tile * size == CACHE_LINE and aligned and chosen.P <= chosen.CL and takes_hints(x.device)
 
 
 def _between_images(weights: Tensor, chosen: Plan) -> int:

@@ -149,7 +149,7 @@ def needed(o_q, low, high, M, left, GRID: tl.constexpr):
 
 @triton.jit
 def read_line(
-    i, last, keep, steps, w_step, M, low, high, p_x, p_l, p_u, p_w, o_q, SX: tl.constexpr, SL: tl.constexpr,
+    i, last, keep, steps, w_step, M, low, high, p_x, p_l, p_u, p_w, o_q, o_own, SX: tl.constexpr, SL: tl.constexpr,
     SU: tl.constexpr, SA: tl.constexpr, MORE: tl.constexpr, WC: tl.constexpr, GRID: tl.constexpr, CL: tl.constexpr,
     P: tl.constexpr, APART: tl.constexpr, SHARE: tl.constexpr,
 ):  # fmt: skip
@@ -158,13 +158,12 @@ def read_line(
     For each of a lane's positions three weights, the product of l and x, or l without an x, and u where there is one.
     `steps` are the pixels from line to line and from position to position. p_w points to logits, which are normalised
     here, or with APART to weights, w_step from line to line; keep = 0 cuts off the line before. With SHARE each lane
-    normalises those of one position for all lanes that hold it. What is handed on after the last line is MORE lines
-    further than that.
+    normalises those of one position, o_own, for all lanes that hold it. What is handed on after the last line is MORE
+    lines further than that.
     """
     line = ()
     left = tl.where(i < last, last - 1 - i + MORE, -1)
     if SHARE:
-        o_own = own_position(o_q, M, WC, CL, P)
         b_a = tl.load(p_w + i * steps[0] * SA, mask=needed(o_own, low, high, M, left, GRID), other=0.0)
         b_w0, _, b_w2 = weights(b_a, o_own <= 0, o_own >= M - 1, keep, WC * 32)
     for p in tl.static_range(P):
@@ -206,14 +205,13 @@ def _from_lane(b_v, p: tl.constexpr, WC: tl.constexpr, CL: tl.constexpr):
 
 @triton.jit
 def weights_of(
-    p_w, i_b, i_d, sab, H, W, T, M, step, o_q, o_c, o_pixel, C: tl.constexpr, GC: tl.constexpr, SA: tl.constexpr,
-    SAD: tl.constexpr, SAG: tl.constexpr, APART: tl.constexpr, across, WC: tl.constexpr, CL: tl.constexpr,
-    SHARE: tl.constexpr,
+    p_w, i_b, i_d, sab, H, W, T, M, step, across, start, o_q, o_own, o_c, C: tl.constexpr, GC: tl.constexpr,
+    SA: tl.constexpr, SAD: tl.constexpr, SAG: tl.constexpr, APART: tl.constexpr, SHARE: tl.constexpr,
 ):  # fmt: skip
-    """Point to the logits of each lane in the line of o_pixel, or with APART to its weights; see `line_weights`.
+    """Point to the logits of each lane in the line of pixel `start`, or with APART to its weights; see `line_weights`.
 
-    With SHARE to the logits of one of its positions, which lie `across` pixels apart.
-    A scan that takes lines by negative steps begins with the last of memory.
+    With SHARE to the logits of the position that it works on alone. Positions are `across` pixels apart. A scan that
+    takes lines by negative steps begins with the last of memory.
     """
     group = o_c // GC
     if APART:
@@ -221,8 +219,7 @@ def weights_of(
         o_w = (first + o_q)[:, None] * 2 + tl.arange(0, 2)[None, :]
         return p_w + (i_b * 4 + i_d) * (C // GC) * (H * W * 2) + (group * (H * W * 2))[:, None] + o_w
     else:
-        if SHARE:
-            o_pixel += tl.arange(0, WC * 32) % CL * across
+        o_pixel = start + (o_own if SHARE else o_q) * across
         return p_w + i_b * sab + i_d * SAD + (o_pixel * SA + group * SAG)[:, None] + tl.arange(0, 4)[None, :]
 
 

@@ -138,9 +138,10 @@ BACKWARD: Rules = (
 # A forward that keeps states writes more: its longer lines are as fast with fewer under way.
 MIDDLE_OF_STATES = MIDDLE._replace(stages=3, apart=True, share=True)
 OF_STATES = (*SHORTER, MIDDLE_OF_STATES._replace(positions=64, stages=4), MIDDLE_OF_STATES)
+LONG_OF_STATES = LONG._replace(share=False)
 TRAIN: Rules = (
-    (1024, (*OF_STATES, LARGE_OF_MANY, LONG._replace(share=False))),
-    (256, (*OF_STATES, LARGE, LONG._replace(share=False))),
+    (1024, (*OF_STATES, LARGE_OF_MANY, LONG_OF_STATES)),
+    (256, (*OF_STATES, LARGE, LONG_OF_STATES)),
     *BACKWARD[-2:],
 )
 # Of planes a lane reads runs of memory whichever channels it has, so that warps may share lines of few channels.
@@ -208,8 +209,9 @@ def _fit(rule: Rule, positions: int, channels: int, groups: int, itemsize: int, 
         AHEAD=rule.ahead,
         APART=rule.apart,
     )
-    if rule.share and chosen._replace(APART=False).shares(group):
-        chosen = chosen._replace(APART=False)
+    together = chosen._replace(APART=False)
+    if rule.share and together.shares(group):
+        chosen = together
     # Where shared memory is smaller, first fewer lines under way, then fewer channels.
     while chosen.shared(itemsize) > shared and chosen.NS > 2:
         chosen = chosen._replace(NS=chosen.NS - 1)

@@ -1,14 +1,12 @@
-"""Which lines of the L2 cache the scans ask to hold, and which they let go, recorded in the interpreter."""
+"""Which lines of the L2 cache the scans ask to hold, and which they let go: recorded in the interpreter."""
 
 import numpy as np
 import pytest
 import torch
 
-from gspn2_kernels.testing import random_inputs
 from gspn2_kernels.tuning import Plan
+from helpers.line_scans import DEVICE, NAMES, check, draw, kernels, reference, run
 
-pytest.importorskip("triton")
-kernels = pytest.importorskip("gspn2_kernels.triton_line_scan")
 hints = pytest.importorskip("gspn2_kernels.triton_hold")
 
 LINE = 128  # bytes
@@ -18,8 +16,6 @@ Hint = tuple[bool, int, int]  # hold or let go, direction, address
 @pytest.fixture
 def recorded(monkeypatch) -> list[Hint]:
     """What the kernels hint at, in the order of the calls."""
-    if torch.cuda.is_available():
-        pytest.skip("a GPU runs the instructions themselves: test_hints_to_the_cache_change_no_bit")
     from triton.runtime.interpreter import interpreter_builder
 
     found: list[Hint] = []
@@ -41,6 +37,7 @@ def aligned(x: torch.Tensor) -> torch.Tensor:
     return room[first : first + x.numel()].view(x.shape).copy_(x)
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU runs the instructions themselves, in the test below")
 @pytest.mark.parametrize(
     ("shape", "chosen"),
     [
@@ -50,7 +47,7 @@ def aligned(x: torch.Tensor) -> torch.Tensor:
     ],
 )
 def test_the_first_reader_holds_a_pixel_and_the_last_lets_it_go(recorded: list[Hint], shape, chosen: Plan) -> None:
-    x, *others = random_inputs(shape, 1, torch.bfloat16)
+    (x, *others), _ = draw(shape, dtype=torch.bfloat16)
     x = aligned(x)
     kernels.line_scan_fwd(x, *others, 0, chosen=chosen)
     height, width = shape[1:3]
@@ -74,3 +71,18 @@ def test_the_first_reader_holds_a_pixel_and_the_last_lets_it_go(recorded: list[H
     middle = {a for a in inner if 2 * (lines[a] // width % height) == height - 1 or 2 * (lines[a] % width) == width - 1}
     assert inner - middle <= reached
     assert inner - middle
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(3, 37, 18, 64), (2, 9, 40, 128), (5, 23, 23, 64)], ids=str)
+@pytest.mark.parametrize("grid", [1, 2])
+def test_hints_to_the_cache_change_no_bit(shape, grid: int) -> None:
+    """Pixels that are lines of the cache are held there between the directions; those across two lines are not."""
+    inputs, dy = draw(shape, dtype=torch.bfloat16)
+    chosen = Plan(4, grid, 8, 8, 4 // grid, 3)
+    across = torch.cat([inputs[0].flatten()[:8], inputs[0].flatten()])[8:].view(shape)
+    assert [kernels._holds(x, chosen) for x in (inputs[0], across)] == [True, False]
+    held = run(inputs, dy, 0, chosen)
+    check(reference(inputs, dy, 0), held, torch.bfloat16)
+    for name, a, b in zip(NAMES, held, run((across, *inputs[1:]), dy, 0, chosen), strict=True):
+        assert torch.equal(a, b), name

@@ -7,28 +7,17 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gspn2_kernels import backend, line_scan, line_scan_ref, register_backend
+from gspn2_kernels import backend, line_scan, register_backend
 from gspn2_kernels.eager import line_scan_bwd as eager_bwd
 from gspn2_kernels.eager import line_scan_fwd as eager_fwd
 from gspn2_kernels.line_scan import Training
-from gspn2_kernels.testing import assert_close, random_inputs
+from gspn2_kernels.testing import assert_close
 from gspn2_kernels.tuning import Plan
 from helpers.layouts import planar
+from helpers.line_scans import DEVICE, NAMES, TOLERANCES, check, draw, kernels, reference, run
 
-pytest.importorskip("triton")
-kernels = pytest.importorskip("gspn2_kernels.triton_line_scan")
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-NAMES = ("y", "dx", "dlam", "dlogits", "du")
-# Forward, gradients. The interpreter truncates to bf16 where a GPU rounds: twice the error.
-TOLERANCES = {
-    torch.float32: (2e-6, 1e-5),
-    torch.float16: (1e-3, 4e-3),
-    torch.bfloat16: (4e-3, 4e-3) if DEVICE == "cuda" else (8e-3, 8e-3),
-}
 # Plans are given, so that grids of a size that the interpreter can take still have several warps, positions of a
 # lane, segments and launches: (WC, GRID, CL, BC, P, NS, AHEAD).
 CASES = [
@@ -53,33 +42,6 @@ CASES = [
 ]
 
 
-def run(inputs, dy: Tensor, segment: int, chosen: Plan | None) -> tuple[Tensor, ...]:
-    """Return y and the gradients, from memory that is poisoned."""
-    y, states = kernels.line_scan_train(*inputs, segment, chosen=chosen)
-    return y, *kernels.line_scan_bwd(dy, *inputs, segment, states, chosen=chosen)
-
-
-def reference(inputs, dy: Tensor, segment: int) -> tuple[Tensor, ...]:
-    inputs = [t.detach().double().requires_grad_() for t in inputs]
-    y = line_scan_ref(*inputs, segment)
-    return (y.detach(), *torch.autograd.grad(y, inputs, dy.double(), materialize_grads=True))
-
-
-def check(expected, actual, dtype: torch.dtype, *, in_planes: bool = False) -> None:
-    """Compare with fp64; all are contiguous, y with the directions outermost if `in_planes`."""
-    forward, gradients = TOLERANCES[dtype]
-    for name, ref, out in zip(NAMES, expected, actual, strict=True):
-        assert out.dtype == dtype
-        assert (out.movedim(3, 0) if in_planes and name == "y" else out).is_contiguous()
-        assert_close(name, ref, out, forward if name == "y" else gradients)
-
-
-def draw(shape, groups: int = 1, dtype: torch.dtype = torch.float32, *, packed: bool = False):
-    inputs = random_inputs(shape, groups, dtype, DEVICE, packed=packed)
-    dy = torch.randn(inputs[1].shape, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
-    return inputs, dy
-
-
 @pytest.mark.parametrize("apart", [False, True], ids=["logits", "weights"])
 @pytest.mark.parametrize(("shape", "groups", "segment", "chosen"), CASES)
 def test_kernels_are_the_reference(shape, groups: int, segment: int, chosen: Plan, apart: bool) -> None:
@@ -94,21 +56,6 @@ def test_kernels_are_the_reference(shape, groups: int, segment: int, chosen: Pla
 def test_16_bits_in_memory_32_in_the_state(dtype: torch.dtype) -> None:
     inputs, dy = draw((1, 12, 5, 32), dtype=dtype, packed=True)
     check(reference(inputs, dy, 0), run(inputs, dy, 0, Plan(2, 1, 4, 8, 1, 3)), dtype)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("shape", [(3, 37, 18, 64), (2, 9, 40, 128), (5, 23, 23, 64)], ids=str)
-@pytest.mark.parametrize("grid", [1, 2])
-def test_hints_to_the_cache_change_no_bit(shape, grid: int) -> None:
-    """Pixels that are lines of the cache are held there between the directions; those across two lines are not."""
-    inputs, dy = draw(shape, dtype=torch.bfloat16)
-    chosen = Plan(4, grid, 8, 8, 4 // grid, 3)
-    across = torch.cat([inputs[0].flatten()[:8], inputs[0].flatten()])[8:].view(shape)
-    assert [kernels._holds(x, chosen) for x in (inputs[0], across)] == [True, False]
-    held = run(inputs, dy, 0, chosen)
-    check(reference(inputs, dy, 0), held, torch.bfloat16)
-    for name, a, b in zip(NAMES, held, run((across, *inputs[1:]), dy, 0, chosen), strict=True):
-        assert torch.equal(a, b), name
 
 
 def test_two_runs_give_equal_bits() -> None:
