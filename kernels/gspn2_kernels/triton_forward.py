@@ -12,7 +12,7 @@ from gspn2_kernels.triton_tiles import (
     direction,
     get,
     handed_on,
-    neighbour,
+    neighbours,
     own_position,
     place,
     put,
@@ -103,11 +103,14 @@ def _lines(
         keep = tl.where(first % segment == 0, 0.0, 1.0)
         line = read_line(first, last, keep, steps, w_step, M, low, high, p_x, p_l, p_u, p_w, o_q, o_own,
                          SX, SL, SU, SA, 0, WC, GRID, CL, P, APART, SHARE)  # fmt: skip
+    # The next line to read that restarts the scan: a division in each step would cost more than it looks.
+    restart = tl.cdiv(first + 1 if AHEAD else first, segment) * segment
     for i in tl.range(first, last, num_stages=NS):
         i_r = i + 1 if AHEAD else i
         if HOLD:
             hold(p_k, steps[0] * SX, i, NS - 1, T, M, o_own, low, high)
-        keep = tl.where(i_r % segment == 0, 0.0, 1.0)
+        keep = tl.where(i_r == restart, 0.0, 1.0)
+        restart += tl.where(i_r == restart, segment, 0)
         read = read_line(i_r, last, keep, steps, w_step, M, low, high, p_x, p_l, p_u, p_w, o_q, o_own,
                          SX, SL, SU, SA, 0, WC, GRID, CL, P, APART, SHARE)  # fmt: skip
         b_h = _advance(
@@ -128,7 +131,7 @@ def _advance(
     SAVE: tl.constexpr, WC: tl.constexpr, GRID: tl.constexpr, CL: tl.constexpr, BC: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """Take the states of one line to the next, and write u * h."""
-    h_before, h_after = neighbour(b_h[P - 1], True, WC, CL, BC), neighbour(b_h[0], False, WC, CL, BC)
+    h_before, h_after = neighbours(b_h, WC, CL, BC, P)
     b_new = ()
     for p in tl.static_range(P):
         h_down = h_before if p == 0 else b_h[p - 1]

@@ -97,13 +97,19 @@ def repeated(b_v, rows: tl.constexpr, times: tl.constexpr):
 
 
 @triton.jit
-def neighbour(b_v, before: tl.constexpr, WC: tl.constexpr, CL: tl.constexpr, BC: tl.constexpr):
-    """Take what the lanes hold that have the positions before or after, clamped at the ends."""
+def _beside(before: tl.constexpr, WC: tl.constexpr, CL: tl.constexpr):
+    """Tell for each lane the one that has the positions before or after, clamped at the ends."""
     lane = tl.arange(0, WC * 32)
     if before:
-        other = tl.maximum(lane - CL, lane % CL)
+        return tl.maximum(lane - CL, lane % CL)
     else:
-        other = tl.minimum(lane + CL, WC * 32 - CL + lane % CL)
+        return tl.minimum(lane + CL, WC * 32 - CL + lane % CL)
+
+
+@triton.jit
+def neighbour(b_v, before: tl.constexpr, WC: tl.constexpr, CL: tl.constexpr, BC: tl.constexpr):
+    """Take what the lanes hold that have the positions before or after."""
+    other = _beside(before, WC, CL)
     if WC == 1:
         return tl.gather(b_v, tl.broadcast_to(other[:, None], (WC * 32, BC)), 0)
     else:
@@ -112,6 +118,20 @@ def neighbour(b_v, before: tl.constexpr, WC: tl.constexpr, CL: tl.constexpr, BC:
         o = tl.arange(0, BC)[:, None] * (WC * 32) + other[None, :]
         found = tl.gather(flat, tl.reshape(o, (BC * WC * 32,)), 0)
         return tl.permute(tl.reshape(found, (BC, WC * 32)), (1, 0))
+
+
+@triton.jit
+def neighbours(b_h, WC: tl.constexpr, CL: tl.constexpr, BC: tl.constexpr, P: tl.constexpr):
+    """Take the last position of the lanes before, and the first of those after."""
+    if WC > 1 and P == 1:
+        # Both are of one tensor: in one gather they share its way through shared memory, and the barriers.
+        flat = tl.reshape(tl.permute(b_h[0], (1, 0)), (BC * WC * 32,))
+        other = tl.permute(tl.join(_beside(True, WC, CL), _beside(False, WC, CL)), (1, 0))
+        o = other[:, None, :] + (tl.arange(0, BC) * (WC * 32))[None, :, None]
+        found = tl.gather(flat, tl.reshape(o, (2 * BC * WC * 32,)), 0)
+        return tl.split(tl.permute(tl.reshape(found, (2, BC, WC * 32)), (2, 1, 0)))
+    else:
+        return neighbour(b_h[P - 1], True, WC, CL, BC), neighbour(b_h[0], False, WC, CL, BC)
 
 
 @triton.jit

@@ -123,10 +123,12 @@ LONG_OF_FEW, LONG_OF_SOME = (
     Rule(ENDLESS, 32, 16, 1, 8, 1, 4, ahead=True),
     Rule(ENDLESS, 16, 24, 1, 16, 1, 4, ahead=True),
 )
+# Warps that share a line wait for each other, but a line of a position a lane takes them the shortest.
+SHARED_SEGMENTS = Rule(256, 64, 32, 1, 16, 4, 4, ahead=True)
 FORWARD: Rules = (
     (1024, (*SHORTER, MIDDLE, LARGE_OF_MANY, LONG_AND_NARROW, LONG)),
     (256, MANY),
-    (64, (SMALL_OF_SOME, LARGE_OF_SOME, Rule(ENDLESS, 32, 48, 1, 8, 4, 4, ahead=True))),
+    (128, (SMALL_OF_SOME._replace(stages=8), SHARED_SEGMENTS, Rule(ENDLESS, 16, 24, 1, 16, 2, 10))),
     (0, (Rule(128, 0, 0, 1, 16, 1, 4, ahead=True), LONG_OF_FEW)),
 )
 BACKWARD: Rules = (
@@ -148,7 +150,7 @@ TRAIN: Rules = (
 SHARED_LINES = (Rule(128, 0, 0, 2, 8, 4, 4, ahead=True), Rule(256, 0, 0, 2, 8, 8, 4, ahead=True))
 PLANES: Rules = (
     (256, (SHORT, SMALL, MIDDLE, LARGE_OF_MANY, LONG)),
-    (64, (SMALL_OF_SOME, *SHARED_LINES, LONG_OF_SOME)),
+    (64, (SMALL_OF_SOME, SHARED_SEGMENTS._replace(cl=2, warps=8), Rule(ENDLESS, 32, 48, 1, 16, 4, 4, ahead=True))),
     (0, (*SHARED_LINES, LONG_OF_FEW)),
 )
 RULES = {"forward": FORWARD, "train": TRAIN, "planes": PLANES, "backward": BACKWARD}
