@@ -90,19 +90,22 @@ def dinov2_probes(found: Document) -> list[str]:
 
 def dinov2_large(found: Document) -> list[str]:
     """What students of more seeds keep, and those of one after they are taken on to larger images; two sentences."""
-    second, third, after = ([found[f"{row}{end}"] for row in LARGE_ROWS] for end in ("-1", "-2", "_518-1"))
+    second, third = ([found[f"{row}-{seed}"] for row in ("auto", *LARGE_ROWS)] for seed in (1, 2))
+    after = [found[f"{row}_518-1"] for row in LARGE_ROWS]
     small, smaller, large = (means(rows, "patch_cosine") for rows in (second, third, after))
+    classes = means(after, "prefix_cosine")
     minutes = " and ".join(f"{row['minutes']:.1f}" for row in after)
     return [
-        f"More seeds: the students of the last two columns have patch cosines of {small} with a second seed and of"
-        f" {smaller} with a third. The recipe `hires` took those of the second on to 518 px in {minutes} more minutes;"
-        f" at that size their patch cosines are {large} and their class cosines {means(after, 'prefix_cosine')}."
+        f"More seeds: the students of the last three columns have patch cosines of {small} with a second seed and of"
+        f" {smaller} with a third. The recipe `hires` took the last two of the second on to 518 px in {minutes} more"
+        f" minutes; at that size their patch cosines are {large} and their class cosines {classes}."
     ]
 
 
 def means(rows: list[Document], cosine: str) -> str:
     """Means of a cosine as text."""
-    return " and ".join(f"{row['evaluation'][cosine]['mean']:.3f}" for row in rows)
+    *most, last = (f"{row['evaluation'][cosine]['mean']:.3f}" for row in rows)
+    return f"{', '.join(most)} and {last}"
 
 
 def mean_and_tail(cosine: dict[str, float]) -> str:
