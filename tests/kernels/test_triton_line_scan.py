@@ -36,6 +36,8 @@ CASES = [
     pytest.param((1, 4, 21, 8), 2, 0, Plan(2, 2, 8, 1, 2, 3), id="two warps and two positions a lane in each of two"),
     pytest.param((1, 4, 5, 4), 1, 2, Plan(1, 1, 1, 4, 1, 3, AHEAD=True), id="a line read ahead"),
     pytest.param((1, 3, 9, 16), 1, 0, Plan(2, 1, 4, 4, 1, 4, AHEAD=True), id="two warps that read ahead"),
+    pytest.param((1, 7, 18, 16), 1, 3, Plan(2, 2, 4, 4, 1, 3, AHEAD=True), id="restarts within launches, read ahead"),
+    pytest.param((1, 18, 7, 16), 1, 7, Plan(2, 2, 4, 4, 1, 3), id="restarts where launches begin"),
     pytest.param((1, 4, 17, 32), 2, 3, Plan(2, 1, 4, 4, 2, 3), id="lanes share out weights, two groups"),
     pytest.param((1, 13, 12, 16), 1, 0, Plan(1, 2, 4, 4, 2, 2), id="the same in two programs and two launches"),
     pytest.param((1, 3, 7, 12), 1, 0, Plan(1, 1, 4, 4, 4, 2), id="a lane without channels, which others would rely on"),
