@@ -51,6 +51,7 @@ def main() -> None:
                 "train": describe(line_scan_fwd_kernel, train, {**strides, "SAVE": True, "HOLD": True}),
                 "planes": describe(line_scan_fwd_kernel, plan(*shape, "planes")._replace(APART=True), of_planes),
                 "few warps": describe(line_scan_fwd_kernel, plan(1, 64, 64, 32, 1, 2), alone),
+                "segments": describe(line_scan_fwd_kernel, plan(1, 256, 256, 64, 1, 2), alone),
                 "backward": describe(line_scan_bwd_kernel, backward, strides),
                 "gradients": gradients(strides),
             }
