@@ -124,17 +124,14 @@ LONG_OF_FEW, LONG_OF_SOME = (
     Rule(ENDLESS, 16, 24, 1, 16, 1, 4, ahead=True),
 )
 # Warps that share a line wait for each other, but with a position a lane they take it fastest.
-SMALL_AND_SHARED, LARGE_AND_SHARED, LONG_AND_SHARED = (
-    Rule(64, 0, 0, 2, 16, 4, 8, ahead=True),
-    Rule(256, 64, 32, 1, 16, 4, 4, ahead=True),
-    Rule(ENDLESS, 16, 24, 1, 16, 2, 10),
-)
+LARGE_TOGETHER = Rule(256, 64, 32, 1, 16, 4, 4, ahead=True)
+TOGETHER = (SMALL_OF_SOME._replace(stages=8), LARGE_TOGETHER, Rule(ENDLESS, 16, 24, 1, 16, 2, 10))
 ALONE = Rule(64, 0, 0, 1, 16, 1, 4, ahead=True)
 FORWARD: Rules = (
     (1024, (*SHORTER, MIDDLE, LARGE_OF_MANY, LONG_AND_NARROW, LONG)),
     (256, MANY),
-    (256, (SMALL_AND_SHARED, LARGE_AND_SHARED, LONG_AND_SHARED)),
-    (128, (ALONE, LARGE_AND_SHARED, LONG_AND_SHARED)),
+    (256, TOGETHER),
+    (128, (ALONE, *TOGETHER[1:])),
     (0, (ALONE._replace(positions=128), LONG_OF_FEW)),
 )
 BACKWARD: Rules = (
@@ -150,14 +147,14 @@ LONG_OF_STATES = LONG._replace(share=False)
 TRAIN: Rules = (
     (1024, (*OF_STATES, LARGE_OF_MANY, LONG_OF_STATES)),
     (256, (*OF_STATES, LARGE, LONG_OF_STATES)),
-    (64, (SMALL_AND_SHARED, LARGE_AND_SHARED, LONG_AND_SHARED)),
+    (64, TOGETHER),
     BACKWARD[-1],
 )
 # Of planes a lane reads runs of memory whichever channels it has, so that warps may share lines of few channels.
 SHARED_LINES = (Rule(128, 0, 0, 2, 8, 4, 4, ahead=True), Rule(256, 0, 0, 2, 8, 8, 4, ahead=True))
 PLANES: Rules = (
     (256, (SHORT, SMALL, MIDDLE, LARGE_OF_MANY, LONG)),
-    (64, (SMALL_OF_SOME, LARGE_AND_SHARED._replace(cl=2, warps=8), Rule(ENDLESS, 32, 48, 1, 16, 4, 4, ahead=True))),
+    (64, (SMALL_OF_SOME, LARGE_TOGETHER._replace(cl=2, warps=8), Rule(ENDLESS, 32, 48, 1, 16, 4, 4, ahead=True))),
     (0, (*SHARED_LINES, LONG_OF_FEW)),
 )
 RULES = {"forward": FORWARD, "train": TRAIN, "planes": PLANES, "backward": BACKWARD}
