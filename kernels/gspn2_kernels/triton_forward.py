@@ -83,9 +83,10 @@ def _planes(
 
     Programs read a plane from one end to the other.
     """
-    blocks = tl.num_programs(0) // GRID
+    block, blocks = tl.program_id(0) // GRID, tl.num_programs(0) // GRID
     first = tl.where(step < 0, (T - 1) * M, 0)
-    o_v = o_c // (CL * BC) * (H * W * CL * BC) + o_c % (CL * BC) + (first + o_q) * (CL * BC)
+    # Without a remainder of o_c, of which Triton could not tell that vectors begin there.
+    o_v = block * (H * W * CL * BC) + (o_c - block * (CL * BC)) + (first + o_q) * (CL * BC)
     o_v = i * blocks * (H * W * CL * BC) + (o_v[:, None] + tl.arange(0, BC)[None, :])
     return lam + o_v, u + o_v
 
@@ -103,7 +104,7 @@ def _lines(
         keep = tl.where(first % segment == 0, 0.0, 1.0)
         line = read_line(first, last, keep, steps, w_step, M, low, high, p_x, p_l, p_u, p_w, o_q, o_own,
                          SX, SL, SU, SA, 0, WC, GRID, CL, P, APART, SHARE)  # fmt: skip
-    # The next line to read that restarts the scan: a division in each step would cost more than it looks.
+    # The next line to read that restarts the scan; to divide in each step costs 3 % at 256 x 256.
     restart = tl.cdiv(first + 1 if AHEAD else first, segment) * segment
     for i in tl.range(first, last, num_stages=NS):
         i_r = i + 1 if AHEAD else i

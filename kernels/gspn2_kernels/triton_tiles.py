@@ -108,7 +108,7 @@ def _beside(before: tl.constexpr, WC: tl.constexpr, CL: tl.constexpr):
 
 @triton.jit
 def neighbour(b_v, before: tl.constexpr, WC: tl.constexpr, CL: tl.constexpr, BC: tl.constexpr):
-    """Take what the lanes hold that have the positions before or after."""
+    """Take what the lanes hold that have the positions before or after, clamped at the ends."""
     other = _beside(before, WC, CL)
     if WC == 1:
         return tl.gather(b_v, tl.broadcast_to(other[:, None], (WC * 32, BC)), 0)
@@ -122,7 +122,7 @@ def neighbour(b_v, before: tl.constexpr, WC: tl.constexpr, CL: tl.constexpr, BC:
 
 @triton.jit
 def neighbours(b_h, WC: tl.constexpr, CL: tl.constexpr, BC: tl.constexpr, P: tl.constexpr):
-    """Take the last position of the lanes before, and the first of those after."""
+    """Take the last position of the lanes before, and the first of those after, clamped at the ends."""
     if WC > 1 and P == 1:
         # Both are of one tensor: in one gather they share its way through shared memory, and the barriers.
         flat = tl.reshape(tl.permute(b_h[0], (1, 0)), (BC * WC * 32,))

@@ -99,8 +99,7 @@ class Rule(NamedTuple):
 
 
 # Each by the number of warps at least, shortest lines first; chosen on H200s with kernels/benchmarks/tune.py. With few
-# warps the time goes by the number of steps: lanes that hold less and take them faster pay, as do programs of one warp,
-# which wait for no other.
+# warps the time goes by the number of steps: lanes that hold less and take them faster pay.
 Rules = tuple[tuple[int, tuple[Rule, ...]], ...]
 # Of grids that the memory must keep up with.
 SHORT_AND_WHOLE = Rule(16, 0, 0, 8, 16, 2, 3, apart=False, whole=True)
@@ -123,15 +122,15 @@ LONG_OF_FEW, LONG_OF_SOME = (
     Rule(ENDLESS, 32, 16, 1, 8, 1, 4, ahead=True),
     Rule(ENDLESS, 16, 24, 1, 16, 1, 4, ahead=True),
 )
-# Warps that share a line wait for each other, but with a position a lane they take it fastest.
-LARGE_TOGETHER = Rule(256, 64, 32, 1, 16, 4, 4, ahead=True)
+# A program of one warp waits for no other; several take a line fastest with a position a lane.
+ALONE, LARGE_TOGETHER = Rule(64, 0, 0, 1, 16, 1, 4, ahead=True), Rule(256, 64, 32, 1, 16, 4, 4, ahead=True)
 TOGETHER = (SMALL_OF_SOME._replace(stages=8), LARGE_TOGETHER, Rule(ENDLESS, 16, 24, 1, 16, 2, 10))
-ALONE = Rule(64, 0, 0, 1, 16, 1, 4, ahead=True)
+# The second level of 256 counts the warps of its own plans. Lines longer than 256 always have as many.
 FORWARD: Rules = (
     (1024, (*SHORTER, MIDDLE, LARGE_OF_MANY, LONG_AND_NARROW, LONG)),
     (256, MANY),
     (256, TOGETHER),
-    (128, (ALONE, *TOGETHER[1:])),
+    (128, (SMALL_OF_SOME._replace(positions=16), ALONE, LARGE_TOGETHER)),
     (0, (ALONE._replace(positions=128), LONG_OF_FEW)),
 )
 BACKWARD: Rules = (
@@ -147,14 +146,15 @@ LONG_OF_STATES = LONG._replace(share=False)
 TRAIN: Rules = (
     (1024, (*OF_STATES, LARGE_OF_MANY, LONG_OF_STATES)),
     (256, (*OF_STATES, LARGE, LONG_OF_STATES)),
-    (64, TOGETHER),
-    BACKWARD[-1],
+    (128, TOGETHER),
+    *BACKWARD[-2:],
 )
 # Of planes a lane reads runs of memory whichever channels it has, so that warps may share lines of few channels.
 SHARED_LINES = (Rule(128, 0, 0, 2, 8, 4, 4, ahead=True), Rule(256, 0, 0, 2, 8, 8, 4, ahead=True))
 PLANES: Rules = (
     (256, (SHORT, SMALL, MIDDLE, LARGE_OF_MANY, LONG)),
-    (64, (SMALL_OF_SOME, LARGE_TOGETHER._replace(cl=2, warps=8), Rule(ENDLESS, 32, 48, 1, 16, 4, 4, ahead=True))),
+    (256, (SMALL_OF_SOME, LARGE_TOGETHER._replace(cl=2, warps=8, pixel=256), *SHARED_LINES, LONG_OF_SOME)),
+    (64, (SMALL_OF_SOME, *SHARED_LINES, LONG_OF_SOME)),
     (0, (*SHARED_LINES, LONG_OF_FEW)),
 )
 RULES = {"forward": FORWARD, "train": TRAIN, "planes": PLANES, "backward": BACKWARD}

@@ -96,9 +96,10 @@ def dinov2_large(found: Document) -> list[str]:
     classes = means(after, "prefix_cosine")
     minutes = " and ".join(f"{row['minutes']:.1f}" for row in after)
     return [
-        f"More seeds: the students of the last three columns have patch cosines of {small} with a second seed and of"
-        f" {smaller} with a third. The recipe `hires` took the last two of the second on to 518 px in {minutes} more"
-        f" minutes; at that size their patch cosines are {large} and their class cosines {classes}."
+        "More seeds: students like those of the last three columns, with the blocks that each of them chose, have patch"
+        f" cosines of {small} with a second seed and of {smaller} with a third. The recipe `hires` took the last two of"
+        f" the second on to 518 px in {minutes} more minutes; at that size their patch cosines are {large} and their"
+        f" class cosines {classes}."
     ]
 
 

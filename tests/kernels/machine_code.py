@@ -34,8 +34,9 @@ LEAST = 89  # of the capabilities with 99 KiB of shared memory for a program
 
 
 def main() -> None:
-    """Compile the throughput plans of bf16, 64 channels, 74 x 74, and that of one image of 64 x 64."""
+    """Compile the throughput plans of bf16, 64 channels, 74 x 74, and those of one image of 64 x 64 and 256 x 256."""
     shape = (32, 74, 74, 64, 1, 2)
+    of_a_lane = Plan(4, 4, 1, 8, 1, 4, AHEAD=True, APART=True)
     forward, train, backward = plan(*shape), plan(*shape, "train"), plan(*shape, "backward")
     strides = {"C": 64, "GC": 64, "SX": 64, "SL": 256, "SLD": 64, "SU": 256, "SUD": 64, "SA": 16, "SAD": 4, "SAG": 4}
     strides |= {"SY": 256, "SYD": 64}
@@ -50,6 +51,7 @@ def main() -> None:
                 "infer": describe(line_scan_fwd_kernel, forward, {**strides, "SAVE": False, "HOLD": True}),
                 "train": describe(line_scan_fwd_kernel, train, {**strides, "SAVE": True, "HOLD": True}),
                 "planes": describe(line_scan_fwd_kernel, plan(*shape, "planes")._replace(APART=True), of_planes),
+                "segments of planes": describe(line_scan_fwd_kernel, of_a_lane, of_planes),
                 "few warps": describe(line_scan_fwd_kernel, plan(1, 64, 64, 32, 1, 2), alone),
                 "segments": describe(line_scan_fwd_kernel, plan(1, 256, 256, 64, 1, 2), alone),
                 "backward": describe(line_scan_bwd_kernel, backward, strides),

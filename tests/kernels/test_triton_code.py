@@ -43,8 +43,8 @@ def test_the_pass_of_the_gradients_stays_in_registers(loops) -> None:
 # logits of one, or weights of each; in planes no x, for the backward u and dy. Eight channels go to either side:
 # between lanes, or through shared memory where warps share a line, which takes two barriers for each side. Lanes that
 # share out weights hand on two for each of five positions. Scans that read x ask the cache to hold it and to let it go.
-# In segments a lane has one position, whose eight channels go to both sides at once; two stores and two barriers are
-# of the launch's last line.
+# In segments, those of planes too, a lane has one position, whose eight channels go to both sides at once; two stores
+# and two barriers are of the launch's last line.
 @pytest.mark.parametrize(
     ("kernel", "copies", "stores", "shuffles", "barriers", "hints"),
     [
@@ -54,6 +54,7 @@ def test_the_pass_of_the_gradients_stays_in_registers(loops) -> None:
         ("backward", 11, 16, 10, 4, 0),
         ("few warps", 8, 0, 16, 2, 0),
         ("segments", 4, 10, 0, 5, 0),
+        ("segments of planes", 3, 10, 0, 5, 0),
     ],
 )
 def test_loop_copies_ahead_and_keeps_its_state_in_registers(
