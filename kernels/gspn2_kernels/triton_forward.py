@@ -86,8 +86,8 @@ def _planes(
     block, blocks = tl.program_id(0) // GRID, tl.num_programs(0) // GRID
     first = tl.where(step < 0, (T - 1) * M, 0)
     # Without a remainder of o_c, of which Triton could not tell that vectors begin there.
-    o_v = block * (H * W * CL * BC) + (o_c - block * (CL * BC)) + (first + o_q) * (CL * BC)
-    o_v = i * blocks * (H * W * CL * BC) + (o_v[:, None] + tl.arange(0, BC)[None, :])
+    o_v = (first + o_q) * (CL * BC) + (o_c - block * (CL * BC))
+    o_v = (i * blocks + block) * (H * W * CL * BC) + (o_v[:, None] + tl.arange(0, BC)[None, :])
     return lam + o_v, u + o_v
 
 

@@ -107,29 +107,34 @@ def _beside(before: tl.constexpr, WC: tl.constexpr, CL: tl.constexpr):
 
 
 @triton.jit
+def _through_memory(b_v, other, lanes: tl.constexpr, BC: tl.constexpr):
+    """Take what some lanes hold, (lanes, BC), once for each of `other`, by a way through shared memory: (BC, others).
+
+    Of one dimension, for else Triton changes the layout of the states, so that a gather stays within a warp.
+    """
+    flat = tl.reshape(tl.permute(b_v, (1, 0)), (BC * lanes,))
+    o = tl.arange(0, BC)[:, None] * lanes + other[None, :]
+    return tl.reshape(tl.gather(flat, tl.reshape(o, (BC * other.shape[0],)), 0), (BC, other.shape[0]))
+
+
+@triton.jit
 def neighbour(b_v, before: tl.constexpr, WC: tl.constexpr, CL: tl.constexpr, BC: tl.constexpr):
     """Take what the lanes hold that have the positions before or after, clamped at the ends."""
     other = _beside(before, WC, CL)
     if WC == 1:
         return tl.gather(b_v, tl.broadcast_to(other[:, None], (WC * 32, BC)), 0)
     else:
-        # Of one dimension, for else Triton changes the layout of the states, so that a gather stays within a warp.
-        flat = tl.reshape(tl.permute(b_v, (1, 0)), (BC * WC * 32,))
-        o = tl.arange(0, BC)[:, None] * (WC * 32) + other[None, :]
-        found = tl.gather(flat, tl.reshape(o, (BC * WC * 32,)), 0)
-        return tl.permute(tl.reshape(found, (BC, WC * 32)), (1, 0))
+        return tl.permute(_through_memory(b_v, other, WC * 32, BC), (1, 0))
 
 
 @triton.jit
 def neighbours(b_h, WC: tl.constexpr, CL: tl.constexpr, BC: tl.constexpr, P: tl.constexpr):
     """Take the last position of the lanes before, and the first of those after, clamped at the ends."""
     if WC > 1 and P == 1:
-        # Both are of one tensor: in one gather they share its way through shared memory, and the barriers.
-        flat = tl.reshape(tl.permute(b_h[0], (1, 0)), (BC * WC * 32,))
+        # Both are of one tensor: they share its way through shared memory, and the barriers.
         other = tl.permute(tl.join(_beside(True, WC, CL), _beside(False, WC, CL)), (1, 0))
-        o = other[:, None, :] + (tl.arange(0, BC) * (WC * 32))[None, :, None]
-        found = tl.gather(flat, tl.reshape(o, (2 * BC * WC * 32,)), 0)
-        return tl.split(tl.permute(tl.reshape(found, (2, BC, WC * 32)), (2, 1, 0)))
+        found = _through_memory(b_h[0], tl.reshape(other, (2 * WC * 32,)), WC * 32, BC)
+        return tl.split(tl.permute(tl.reshape(found, (BC, 2, WC * 32)), (2, 0, 1)))
     else:
         return neighbour(b_h[P - 1], True, WC, CL, BC), neighbour(b_h[0], False, WC, CL, BC)
 

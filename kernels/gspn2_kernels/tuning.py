@@ -150,6 +150,7 @@ TRAIN: Rules = (
     *BACKWARD[-2:],
 )
 # Of planes a lane reads runs of memory whichever channels it has, so that warps may share lines of few channels.
+# Segments are for grids with warps enough even so, and pixels as small as those that were measured.
 SHARED_LINES = (Rule(128, 0, 0, 2, 8, 4, 4, ahead=True), Rule(256, 0, 0, 2, 8, 8, 4, ahead=True))
 PLANES: Rules = (
     (256, (SHORT, SMALL, MIDDLE, LARGE_OF_MANY, LONG)),
