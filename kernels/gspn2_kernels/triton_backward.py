@@ -78,12 +78,11 @@ def _lines(
         keep = tl.where((T - 1 - first) % segment == 0, 0.0, 1.0)
         line = read_line(first, last, keep, steps, w_step, M, low, high, p_y, p_u, None, p_w, o_q, o_own,
                          SY, SU, 0, SA, 1, WC, GRID, CL, P, APART, SHARE)  # fmt: skip
-    begin = first + 1 if AHEAD else first
-    restart = begin + (T - 1 - begin) % segment  # the next line to read at which a forward scan restarts
+    until = (T - 1 - (first + 1 if AHEAD else first)) % segment  # lines before a forward scan restarts
     for i in tl.range(first, last, num_stages=NS):
         i_r = i + 1 if AHEAD else i
-        keep = tl.where(i_r == restart, 0.0, 1.0)
-        restart += tl.where(i_r == restart, segment, 0)
+        keep = tl.where(until == 0, 0.0, 1.0)
+        until = tl.where(until == 0, segment, until) - 1
         read = read_line(i_r, last, keep, steps, w_step, M, low, high, p_y, p_u, None, p_w, o_q, o_own,
                          SY, SU, 0, SA, 1, WC, GRID, CL, P, APART, SHARE)  # fmt: skip
         b_g = _advance(b_g, line if AHEAD else read, p_g + (T - 1 - i) * M * C, o_q, low, high, C,

@@ -105,19 +105,22 @@ def _lines(
         line = read_line(first, last, keep, steps, w_step, M, low, high, p_x, p_l, p_u, p_w, o_q, o_own,
                          SX, SL, SU, SA, 0, WC, GRID, CL, P, APART, SHARE)  # fmt: skip
     # The next line to read that restarts the scan; to divide in each step costs 3 % at 256 x 256.
-    restart = tl.cdiv(first + 1 if AHEAD else first, segment) * segment
+    begin = first + 1 if AHEAD else first
+    until = tl.cdiv(begin, segment) * segment - begin
+    o_line, o_state = first * step, first * M
     for i in tl.range(first, last, num_stages=NS):
         i_r = i + 1 if AHEAD else i
         if HOLD:
             hold(p_k, steps[0] * SX, i, NS - 1, T, M, o_own, low, high)
-        keep = tl.where(i_r == restart, 0.0, 1.0)
-        restart += tl.where(i_r == restart, segment, 0)
+        keep = tl.where(until == 0, 0.0, 1.0)
+        until = tl.where(until == 0, segment, until) - 1
         read = read_line(i_r, last, keep, steps, w_step, M, low, high, p_x, p_l, p_u, p_w, o_q, o_own,
                          SX, SL, SU, SA, 0, WC, GRID, CL, P, APART, SHARE)  # fmt: skip
         b_h = _advance(
-            b_h, line if AHEAD else read, i * step, i * M, across, state_scale, p_y, p_s, o_q, low, high,
+            b_h, line if AHEAD else read, o_line, o_state, across, state_scale, p_y, p_s, o_q, low, high,
             C, SY, SAVE, WC, GRID, CL, BC, P,
         )  # fmt: skip
+        o_line, o_state = o_line + step, o_state + M
         # In the loop: for states that are used after it LLVM keeps two copies, and computes both.
         if GRID > 1:
             if i == last - 1:

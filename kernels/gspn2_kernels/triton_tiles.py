@@ -169,7 +169,7 @@ def needed(o_q, low, high, M, left, GRID: tl.constexpr):
         return (o_q < tl.where(left < 0, 0, M))[:, None]
     else:
         beyond = tl.maximum(tl.maximum(low - o_q, o_q - high + 1), 0)
-        return ((beyond <= left) & (o_q >= 0) & (o_q < M))[:, None]
+        return (tl.where((o_q >= 0) & (o_q < M), beyond, 1 << 30) <= left)[:, None]
 
 
 @triton.jit
@@ -187,7 +187,7 @@ def read_line(
     lines further than that.
     """
     line = ()
-    left = tl.where(i < last, last - 1 - i + MORE, -1)
+    left = last - 1 - i if MORE == 0 else tl.where(i < last, last - 1 - i + MORE, -1)
     if SHARE:
         b_a = tl.load(p_w + i * steps[0] * SA, mask=needed(o_own, low, high, M, left, GRID), other=0.0)
         b_w0, _, b_w2 = weights(b_a, o_own <= 0, o_own >= M - 1, keep, WC * 32)

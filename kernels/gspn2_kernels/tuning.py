@@ -124,7 +124,7 @@ LONG_OF_FEW, LONG_OF_SOME = (
 )
 # A program of one warp waits for no other; several take a line fastest with a position a lane.
 ALONE, LARGE_TOGETHER = Rule(64, 0, 0, 1, 16, 1, 4, ahead=True), Rule(256, 64, 32, 1, 16, 4, 4, ahead=True)
-TOGETHER = (SMALL_OF_SOME._replace(stages=8), LARGE_TOGETHER, Rule(ENDLESS, 16, 24, 1, 16, 2, 10))
+TOGETHER = (SMALL_OF_SOME._replace(stages=8), LARGE_TOGETHER, Rule(ENDLESS, 16, 24, 2, 8, 4, 10))
 # The second level of 256 counts the warps of its own plans. Lines longer than 256 always have as many.
 FORWARD: Rules = (
     (1024, (*SHORTER, MIDDLE, LARGE_OF_MANY, LONG_AND_NARROW, LONG)),
