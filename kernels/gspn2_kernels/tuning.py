@@ -150,13 +150,15 @@ TRAIN: Rules = (
     *BACKWARD[-2:],
 )
 # Of planes a lane reads runs of memory whichever channels it has, so that warps may share lines of few channels.
-# Segments are for grids with warps enough even so, and pixels as small as those that were measured.
-SHARED_LINES = (Rule(128, 0, 0, 2, 8, 4, 4, ahead=True), Rule(256, 0, 0, 2, 8, 8, 4, ahead=True))
+OF_TWO_WARPS, LONG_TOGETHER = Rule(64, 0, 0, 1, 16, 2, 4, ahead=True), Rule(ENDLESS, 32, 48, 1, 16, 4, 8, ahead=True)
+LONG_OF_PLANES = (LONG_TOGETHER._replace(pixel=64), LARGE_TOGETHER._replace(positions=ENDLESS))
+MIDDLE_OF_PLANES = LARGE_TOGETHER._replace(positions=160)
 PLANES: Rules = (
-    (256, (SHORT, SMALL, MIDDLE, LARGE_OF_MANY, LONG)),
-    (256, (SMALL_OF_SOME, LARGE_TOGETHER._replace(cl=2, warps=8, pixel=256), *SHARED_LINES, LONG_OF_SOME)),
-    (64, (SMALL_OF_SOME, *SHARED_LINES, LONG_OF_SOME)),
-    (0, (*SHARED_LINES, LONG_OF_FEW)),
+    (512, (SHORT, SMALL, MIDDLE, LARGE_OF_MANY, LONG)),
+    (640, (SHORT, SMALL, MIDDLE, MIDDLE_OF_PLANES._replace(cl=2, warps=8), LONG)),
+    (256, (SHORT, SMALL, MIDDLE, MIDDLE_OF_PLANES, LONG._replace(positions=256), *LONG_OF_PLANES)),
+    (128, (SMALL_OF_SOME, LARGE_TOGETHER, *LONG_OF_PLANES)),
+    (0, (OF_TWO_WARPS, LARGE_TOGETHER, *LONG_OF_PLANES)),
 )
 RULES = {"forward": FORWARD, "train": TRAIN, "planes": PLANES, "backward": BACKWARD}
 
