@@ -104,9 +104,10 @@ def _lines(
         keep = tl.where(first % segment == 0, 0.0, 1.0)
         line = read_line(first, last, keep, steps, w_step, M, low, high, p_x, p_l, p_u, p_w, o_q, o_own,
                          SX, SL, SU, SA, 0, WC, GRID, CL, P, APART, SHARE)  # fmt: skip
-    # The next line to read that restarts the scan; to divide in each step costs 3 % at 256 x 256.
+    # Lines to read before the scan restarts; to divide in each step costs 3 % at 256 x 256.
     begin = first + 1 if AHEAD else first
     until = tl.cdiv(begin, segment) * segment - begin
+    # Not from i, from which Triton would know them when it loads, and hand them on through all stages.
     o_line, o_state = first * step, first * M
     for i in tl.range(first, last, num_stages=NS):
         i_r = i + 1 if AHEAD else i

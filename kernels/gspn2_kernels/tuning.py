@@ -149,16 +149,19 @@ TRAIN: Rules = (
     (128, TOGETHER),
     *BACKWARD[-2:],
 )
-# Of planes a lane reads runs of memory whichever channels it has, so that warps may share lines of few channels.
+# Of planes a lane reads runs of memory whichever channels it has: with few warps a position a lane pays in long lines
+# of few channels too. Measured at 64, 128, 256, 300 and 512 lines; shorter ones than 33 keep lanes that share channels.
 OF_TWO_WARPS, LONG_TOGETHER = Rule(64, 0, 0, 1, 16, 2, 4, ahead=True), Rule(ENDLESS, 32, 48, 1, 16, 4, 8, ahead=True)
 LONG_OF_PLANES = (LONG_TOGETHER._replace(pixel=64), LARGE_TOGETHER._replace(positions=ENDLESS))
+FEW_OF_PLANES = (OF_TWO_WARPS, LARGE_TOGETHER, *LONG_OF_PLANES)
 MIDDLE_OF_PLANES = LARGE_TOGETHER._replace(positions=160)
 PLANES: Rules = (
     (512, (SHORT, SMALL, MIDDLE, LARGE_OF_MANY, LONG)),
     (640, (SHORT, SMALL, MIDDLE, MIDDLE_OF_PLANES._replace(cl=2, warps=8), LONG)),
     (256, (SHORT, SMALL, MIDDLE, MIDDLE_OF_PLANES, LONG._replace(positions=256), *LONG_OF_PLANES)),
-    (128, (SMALL_OF_SOME, LARGE_TOGETHER, *LONG_OF_PLANES)),
-    (0, (OF_TWO_WARPS, LARGE_TOGETHER, *LONG_OF_PLANES)),
+    (128, (SMALL_OF_SOME, *FEW_OF_PLANES)),
+    (64, (SMALL_OF_SOME._replace(positions=32), *FEW_OF_PLANES)),
+    (0, (Rule(32, 0, 0, 2, 8, 4, 4, ahead=True), *FEW_OF_PLANES)),
 )
 RULES = {"forward": FORWARD, "train": TRAIN, "planes": PLANES, "backward": BACKWARD}
 
