@@ -75,7 +75,7 @@ def distill(
     kept = () if given is not None else read_keep(recipe.keep if keep is None else keep, len(vit.blocks))
     channels = vit.patch_embed.proj.in_channels
     images, test = (open_images(data, split, in_chans=channels) for split in ("train", "test"))
-    if images.stream is None and class_of_label(vit, test.label_names) is not None and images.same_as(test):
+    if images.stream is None and images.same_as(test) and class_of_label(vit, test.label_names) is not None:
         logger.warning("data %s has no test split: top-1 will be that of images which are trained on", data)
     names = {"teacher_name": teacher} | ({} if student is None else {"given_name": str(student)})
     return distill_student(vit, recipe, images, test, options, **names, keep=kept, given=given)

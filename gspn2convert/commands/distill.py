@@ -96,7 +96,7 @@ def _show_result(document: Document, console: "Console") -> None:
         start = "after the fit" if _begins(document) == "fit" else "of the random start"
         console.print(f"mean error {start} {error:.3f}{teacher}")
     export = f"gspn2convert export {shlex.quote(out)}"
-    console.print(f"wrote {out}; next: {export}, or gspn2convert.load({out!r}) in Python", soft_wrap=True)
+    console.print(f"the student is in {out}; next: {export}, or gspn2convert.load({out!r}) in Python", soft_wrap=True)
 
 
 def _begins(document: Document) -> str:

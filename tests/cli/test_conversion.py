@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -35,6 +36,25 @@ def test_distill_shows_a_table(place, run):
     assert row.split()[2] == f"{metrics['stages'][0]['patch_cosine']:.4f}"
 
 
+def test_a_finished_run_is_told_once_more(run, tmp_path):
+    line = f"{DISTILL}{tmp_path}/fit --stages 0"
+    first, second = run(line), run(f"{line} --resume")
+    assert (first.exit_code, second.exit_code) == (0, 0)
+    assert "fit is finished already, nothing to resume" in second.stderr
+    assert second.stdout == first.stdout
+    assert second.stdout.splitlines()[-1].startswith(f"the student is in {tmp_path}/fit; next: ")
+
+
+def test_labels_of_others_are_told_once(place, run, tmp_path):
+    for split in ("train", "test"):
+        for theirs, name in (("ant", "dog"), ("bee", "eel")):
+            shutil.copytree(place / "data" / split / theirs, tmp_path / "data" / split / name)
+    line = f"distill --teacher {{}}/teacher --recipe {{}}/tiny.yaml --data {tmp_path}/data --output {tmp_path}/out"
+    result = run(f"{line} --stages 0 --device cpu")
+    assert result.exit_code == 0, result.output
+    assert result.stderr.count("no top-1: the data's 2 labels (dog, ...) are not the model's 3 classes") == 1
+
+
 def test_the_result_says_which_student_it_came_from(run, tmp_path):
     assert run(f"{DISTILL}{tmp_path}/fit --stages 0").exit_code == 0
     result = run(f"{DISTILL}{tmp_path}/on --student {tmp_path}/fit --stages 1 --device cpu")
@@ -42,7 +62,8 @@ def test_the_result_says_which_student_it_came_from(run, tmp_path):
     fit, metrics = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("fit", "on"))
     assert (fit["started_from"], metrics["started_from"]) == (None, "fit")
     assert [row.split()[0] for row in result.stdout.splitlines()[1:3]] == ["given", "align"]
-    assert f"\nwent on from fit; the teacher's top-1 is {100 * metrics['teacher_top1']:.2f} %\nwrote " in result.stdout
+    top1 = f"the teacher's top-1 is {100 * metrics['teacher_top1']:.2f} %"
+    assert f"\nwent on from fit; {top1}\nthe student is in " in result.stdout
     given = metrics["stages"][0]
     assert (given["stage"], given["cosine"]) == ("fit", fit["stages"][0]["cosine"])
     assert f"the given student: prefix_cosine {given['prefix_cosine']:.4f}, " in result.stderr
@@ -127,7 +148,7 @@ def test_of_two_processes_one_tells_what_both_do_and_both_warn(place, tmp_path):
     assert result.stderr.count("stage recover: held-out cosine raw") == 1
     assert result.stderr.count("recover 2/2 loss") == 1
     assert result.stderr.count("without a student to go on from, the mixers start at random") == 2
-    assert result.stdout.count(f"wrote {tmp_path}/out") == 1
+    assert result.stdout.count(f"the student is in {tmp_path}/out") == 1
 
 
 def test_dry_run_plans_and_writes_nothing(tmp_path, run):

@@ -34,7 +34,7 @@ LEAST = 89  # of the capabilities with 99 KiB of shared memory for a program
 
 
 def main() -> None:
-    """Compile the throughput plans of bf16, 64 channels, 74 x 74, and those of one image of 64 x 64 and 256 x 256."""
+    """Compile the plans of bf16, 64 channels, 74 x 74, and those of one image of 64 x 64, 256 x 256 and 512 x 512."""
     shape = (32, 74, 74, 64, 1, 2)
     of_a_lane = Plan(4, 4, 1, 8, 1, 4, AHEAD=True, APART=True)
     forward, train, backward = plan(*shape), plan(*shape, "train"), plan(*shape, "backward")
@@ -43,6 +43,8 @@ def main() -> None:
     of_planes = {**strides, **dict.fromkeys(("SX", "SLD", "SUD", "SA", "SAD", "SAG"), 0), "SL": 64, "SU": 64}
     of_planes |= {"SAVE": False, "HOLD": False, "x": None}
     alone = {**strides, "SAVE": False, "HOLD": False}
+    narrow = {**alone, **dict.fromkeys(("C", "GC", "SX", "SLD", "SUD", "SYD"), 8)}
+    narrow |= dict.fromkeys(("SL", "SU", "SY"), 32)
     print(
         json.dumps(
             {
@@ -54,6 +56,7 @@ def main() -> None:
                 "segments of planes": describe(line_scan_fwd_kernel, of_a_lane, of_planes),
                 "few warps": describe(line_scan_fwd_kernel, plan(1, 64, 64, 32, 1, 2), alone),
                 "segments": describe(line_scan_fwd_kernel, plan(1, 256, 256, 64, 1, 2), alone),
+                "segments of ten stages": describe(line_scan_fwd_kernel, plan(1, 512, 512, 8, 1, 2), narrow),
                 "backward": describe(line_scan_bwd_kernel, backward, strides),
                 "gradients": gradients(strides),
             }

@@ -43,8 +43,8 @@ def test_the_pass_of_the_gradients_stays_in_registers(loops) -> None:
 # logits of one, or weights of each; in planes no x, for the backward u and dy. Eight channels go to either side:
 # between lanes, or through shared memory where warps share a line, which takes two barriers for each side. Lanes that
 # share out weights hand on two for each of five positions. Scans that read x ask the cache to hold it and to let it go.
-# In segments, those of planes too, a lane has one position, whose eight channels go to both sides at once; two stores
-# and two barriers are of the launch's last line.
+# In segments, those of planes too, a lane has one position, whose eight channels (four of ten stages) go to both sides
+# at once; of eight, two stores and two barriers are of the launch's last line.
 @pytest.mark.parametrize(
     ("kernel", "copies", "stores", "shuffles", "barriers", "hints"),
     [
@@ -55,6 +55,7 @@ def test_the_pass_of_the_gradients_stays_in_registers(loops) -> None:
         ("few warps", 8, 0, 16, 2, 0),
         ("segments", 4, 10, 0, 5, 0),
         ("segments of planes", 3, 10, 0, 5, 0),
+        ("segments of ten stages", 4, 4, 0, 2, 0),
     ],
 )
 def test_loop_copies_ahead_and_keeps_its_state_in_registers(
@@ -69,3 +70,8 @@ def test_loop_copies_ahead_and_keeps_its_state_in_registers(
     assert loop.get("CCTL", 0) == hints
     assert loop["BAR"] <= barriers
     assert loop["room"] >= 0, "more shared memory than the plan tells"
+
+
+def test_stages_hand_no_addresses_on(loops) -> None:
+    """What a line writes to is counted when it is written; else a loop of ten stages moves nine numbers a step."""
+    assert loops["segments of ten stages"].get("UMOV", 0) + loops["segments of ten stages"].get("MOV", 0) < 5
