@@ -197,7 +197,9 @@ def plan(
         chosen = next(made for r, made in plans if not r.whole or made.tile >= channels)
         if 4 * batch * chosen.GRID * chosen.WC * -(-channels // chosen.tile) >= least:
             break
-    return chosen
+    # Of lines in one piece Triton does not copy fp32 numbers to shared memory that a step just hands on to the next.
+    direct = itemsize == 4 and chosen.GRID == 1 and kernel != "backward"
+    return chosen._replace(AHEAD=chosen.AHEAD and not direct)
 
 
 def _fit(rule: Rule, positions: int, channels: int, groups: int, itemsize: int, shared: int) -> Plan:

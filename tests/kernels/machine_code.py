@@ -42,6 +42,7 @@ def main() -> None:
     strides |= {"SY": 256, "SYD": 64}
     of_planes = {**strides, **dict.fromkeys(("SX", "SLD", "SUD", "SA", "SAD", "SAG"), 0), "SL": 64, "SU": 64}
     of_planes |= {"SAVE": False, "HOLD": False, "x": None}
+    of_fp32_planes = {**of_planes, **dict.fromkeys(("SL", "SU"), plan(1, 64, 64, 64, 1, 4, "planes").tile)}
     alone = {**strides, "SAVE": False, "HOLD": False}
     narrow = {**alone, **dict.fromkeys(("C", "GC", "SX", "SLD", "SUD", "SYD"), 8)}
     narrow |= dict.fromkeys(("SL", "SU", "SY"), 32)
@@ -55,6 +56,10 @@ def main() -> None:
                 "planes": describe(line_scan_fwd_kernel, plan(*shape, "planes")._replace(APART=True), of_planes),
                 "segments of planes": describe(line_scan_fwd_kernel, of_a_lane, of_planes),
                 "few warps": describe(line_scan_fwd_kernel, plan(1, 64, 64, 32, 1, 2), alone),
+                "few warps of fp32": describe(line_scan_fwd_kernel, plan(1, 64, 64, 64, 1, 4), alone, fp32=True),
+                "planes of fp32": describe(
+                    line_scan_fwd_kernel, plan(1, 64, 64, 64, 1, 4, "planes"), of_fp32_planes, fp32=True
+                ),
                 "segments": describe(line_scan_fwd_kernel, plan(1, 256, 256, 64, 1, 2), alone),
                 "segments of ten stages": describe(line_scan_fwd_kernel, plan(1, 512, 512, 8, 1, 2), narrow),
                 "backward": describe(line_scan_bwd_kernel, backward, strides),
@@ -102,15 +107,19 @@ def gradients(strides: dict[str, int]) -> dict[str, int]:
     return describe(gradients_kernel, Plan(WC=2, GRID=1, CL=1, BC=64, P=1, NS=1), {**strides, **tile})
 
 
-def describe(kernel: triton.JITFunction, chosen: Plan, strides: dict[str, int]) -> dict[str, int]:
+def describe(
+    kernel: triton.JITFunction, chosen: Plan, strides: dict[str, int], *, fp32: bool = False
+) -> dict[str, int]:
     """Count registers, bytes of stack and the instructions of the longest loop."""
     shares = {"SHARE": "GC" in strides and chosen.shares(strides["GC"])}
     constants = {n: value for n, value in {**strides, **chosen._asdict(), **shares}.items() if n in kernel.arg_names}
     types = {"state_scale": "fp32", "states": "*fp16", "scratch": "*fp32"}
     types |= {"weights": "*fp32"} if chosen.APART else {}
+    if fp32:
+        types |= dict.fromkeys({"x", "lam", "weights", "u", "y", "states"} - set(constants), "*fp32")
     made = compiled(kernel, constants, types, chosen.WC, 90)
     # The pass of the gradients has a plan only in name.
-    room = chosen.shared(2) - made.metadata.shared if "NS" in kernel.arg_names else 0
+    room = chosen.shared(4 if fp32 else 2) - made.metadata.shared if "NS" in kernel.arg_names else 0
     return count(made.asm["cubin"]) | {"room": room}
 
 

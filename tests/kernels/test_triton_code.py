@@ -44,7 +44,7 @@ def test_the_pass_of_the_gradients_stays_in_registers(loops) -> None:
 # between lanes, or through shared memory where warps share a line, which takes two barriers for each side. Lanes that
 # share out weights hand on two for each of five positions. Scans that read x ask the cache to hold it and to let it go.
 # In segments, those of planes too, a lane has one position, whose eight channels (four of ten stages) go to both sides
-# at once; of eight, two stores and two barriers are of the launch's last line.
+# at once; of eight, two stores and two barriers are of the launch's last line. A lane has four channels of fp32.
 @pytest.mark.parametrize(
     ("kernel", "copies", "stores", "shuffles", "barriers", "hints"),
     [
@@ -53,6 +53,8 @@ def test_the_pass_of_the_gradients_stays_in_registers(loops) -> None:
         ("planes", 15, 16, 0, 4, 0),
         ("backward", 11, 16, 10, 4, 0),
         ("few warps", 8, 0, 16, 2, 0),
+        ("few warps of fp32", 8, 0, 8, 2, 0),
+        ("planes of fp32", 3, 4, 0, 2, 0),
         ("segments", 4, 10, 0, 5, 0),
         ("segments of planes", 3, 10, 0, 5, 0),
         ("segments of ten stages", 4, 4, 0, 2, 0),
