@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -37,6 +38,8 @@ from gspn2convert.supply import Supply
 from gspn2convert.train import train_stage
 from gspn2convert.views import generator
 from gspn2convert.vit import data_config
+
+logger = logging.getLogger(__name__)
 
 _STAGE_SEEDS = {"align": 0, "recover": 1}
 
@@ -79,6 +82,8 @@ class Conversion:
         self.train, self.unseen = split_images(images, recipe)
         self._see(recipe.size)
         self.labelled = class_of_label(teacher, test.label_names) is not None
+        if self.labelled and images.stream is None and images.same_as(test):
+            logger.warning("data %s has no test split: top-1 will be that of images which are trained on", images.name)
 
     def stages(self, keep: Sequence[int] | Auto) -> Gspn2Vit:
         """Run what the checkpoint does not hold yet; the student that comes out.

@@ -18,7 +18,6 @@ from gspn2convert.curriculum import check_sizes, check_stages, stages_run, teach
 from gspn2convert.data import ImageSet, open_images, own_share
 from gspn2convert.differences import tell_differences
 from gspn2convert.errors import UserError
-from gspn2convert.evaluate import class_of_label
 from gspn2convert.given import check_origin, load_given, recipe_of
 from gspn2convert.keep import Auto, read_keep
 from gspn2convert.lock import sole_writer
@@ -75,8 +74,6 @@ def distill(
     kept = () if given is not None else read_keep(recipe.keep if keep is None else keep, len(vit.blocks))
     channels = vit.patch_embed.proj.in_channels
     images, test = (open_images(data, split, in_chans=channels) for split in ("train", "test"))
-    if images.stream is None and images.same_as(test) and class_of_label(vit, test.label_names) is not None:
-        logger.warning("data %s has no test split: top-1 will be that of images which are trained on", data)
     names = {"teacher_name": teacher} | ({} if student is None else {"given_name": str(student)})
     return distill_student(vit, recipe, images, test, options, **names, keep=kept, given=given)
 

@@ -107,7 +107,7 @@ def _lines(
     # Lines to read before the scan restarts; to divide in each step costs 3 % at 256 x 256.
     begin = first + 1 if AHEAD else first
     until = tl.cdiv(begin, segment) * segment - begin
-    # Not from i, from which Triton would know them when it loads, and hand them on through all stages.
+    # Counted, not computed from i: else Triton computes them where it loads, and hands them on through all stages.
     o_line, o_state = first * step, first * M
     for i in tl.range(first, last, num_stages=NS):
         i_r = i + 1 if AHEAD else i

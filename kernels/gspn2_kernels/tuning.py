@@ -150,18 +150,18 @@ TRAIN: Rules = (
     *BACKWARD[-2:],
 )
 # Of planes a lane reads runs of memory whichever channels it has: with few warps a position a lane pays in long lines
-# of few channels too. Measured at 64, 128, 256, 300 and 512 lines; shorter ones than 33 keep lanes that share channels.
-OF_TWO_WARPS, LONG_TOGETHER = Rule(64, 0, 0, 1, 16, 2, 4, ahead=True), Rule(ENDLESS, 32, 48, 1, 16, 4, 8, ahead=True)
-LONG_OF_PLANES = (LONG_TOGETHER._replace(pixel=64), LARGE_TOGETHER._replace(positions=ENDLESS))
-FEW_OF_PLANES = (OF_TWO_WARPS, LARGE_TOGETHER, *LONG_OF_PLANES)
+# of few channels too. Measured at 64, 128, 256, 300 and 512 lines of one image, and 128 of four.
+OF_TWO_WARPS, OF_PLANES = Rule(64, 0, 0, 1, 16, 2, 4, ahead=True), LARGE_TOGETHER._replace(positions=ENDLESS)
 MIDDLE_OF_PLANES = LARGE_TOGETHER._replace(positions=160)
+LONG_OF_PLANES = (Rule(ENDLESS, 32, 48, 1, 16, 4, 8, ahead=True, pixel=64), OF_PLANES)
+# Each level counts the warps of its own plans: for 640 it takes a few images of 81 to 160 lines.
 PLANES: Rules = (
     (512, (SHORT, SMALL, MIDDLE, LARGE_OF_MANY, LONG)),
     (640, (SHORT, SMALL, MIDDLE, MIDDLE_OF_PLANES._replace(cl=2, warps=8), LONG)),
     (256, (SHORT, SMALL, MIDDLE, MIDDLE_OF_PLANES, LONG._replace(positions=256), *LONG_OF_PLANES)),
-    (128, (SMALL_OF_SOME, *FEW_OF_PLANES)),
-    (64, (SMALL_OF_SOME._replace(positions=32), *FEW_OF_PLANES)),
-    (0, (Rule(32, 0, 0, 2, 8, 4, 4, ahead=True), *FEW_OF_PLANES)),
+    (128, (SMALL_OF_SOME, OF_PLANES)),
+    (64, (SMALL_OF_SOME._replace(positions=32), OF_TWO_WARPS, OF_PLANES)),
+    (0, (Rule(32, 0, 0, 2, 8, 4, 4, ahead=True), OF_TWO_WARPS, OF_PLANES)),
 )
 RULES = {"forward": FORWARD, "train": TRAIN, "planes": PLANES, "backward": BACKWARD}
 
@@ -197,9 +197,8 @@ def plan(
         chosen = next(made for r, made in plans if not r.whole or made.tile >= channels)
         if 4 * batch * chosen.GRID * chosen.WC * -(-channels // chosen.tile) >= least:
             break
-    # Of lines in one piece Triton does not copy fp32 numbers to shared memory that a step just hands on to the next.
-    direct = itemsize == 4 and chosen.GRID == 1 and kernel != "backward"
-    return chosen._replace(AHEAD=chosen.AHEAD and not direct)
+    # Numbers that a step just hands on to the next, as a forward does with u in fp32, Triton does not copy lines ahead.
+    return chosen._replace(AHEAD=chosen.AHEAD and (itemsize == 2 or kernel == "backward"))
 
 
 def _fit(rule: Rule, positions: int, channels: int, groups: int, itemsize: int, shared: int) -> Plan:

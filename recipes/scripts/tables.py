@@ -99,8 +99,8 @@ def dinov2_large(found: Document) -> list[str]:
     minutes = " and ".join(f"{row['minutes']:.1f}" for row in after)
     return [
         "More seeds: students like those of the table, with the blocks that each of them chose, have patch cosines of"
-        f" {small} with a second seed, and the last three {smaller} with a third. The recipe `hires` took the"
-        f" last two of the second on to 518 px in {minutes} more minutes; at that size their patch cosines are {large}"
+        f" {small} with a second seed; with a third, the last three have {smaller}. The recipe `hires` took the last"
+        f" two of the second seed on to 518 px in {minutes} more minutes; at that size their patch cosines are {large}"
         f" and their class cosines {classes}."
     ]
 

@@ -45,14 +45,23 @@ def test_a_finished_run_is_told_once_more(run, tmp_path):
     assert second.stdout.splitlines()[-1].startswith(f"the student is in {tmp_path}/fit; next: ")
 
 
-def test_labels_of_others_are_told_once(place, run, tmp_path):
-    for split in ("train", "test"):
+@pytest.mark.parametrize("splits", [("train", "test"), ("train",)], ids=str)
+def test_labels_of_others_are_told_once(place, run, tmp_path, splits):
+    for split in splits:
         for theirs, name in (("ant", "dog"), ("bee", "eel")):
             shutil.copytree(place / "data" / split / theirs, tmp_path / "data" / split / name)
     line = f"distill --teacher {{}}/teacher --recipe {{}}/tiny.yaml --data {tmp_path}/data --output {tmp_path}/out"
     result = run(f"{line} --stages 0 --device cpu")
     assert result.exit_code == 0, result.output
     assert result.stderr.count("no top-1: the data's 2 labels (dog, ...) are not the model's 3 classes") == 1
+
+
+def test_top1_of_images_that_are_trained_on_is_called_that(place, run, tmp_path):
+    shutil.copytree(place / "data" / "train", tmp_path / "data" / "train")
+    line = f"distill --teacher {{}}/teacher --recipe {{}}/tiny.yaml --output {tmp_path}/out --stages 0 --device cpu"
+    told = "has no test split: top-1 will be that of images which are trained on"
+    assert run(f"{line} --data {tmp_path}/data").stderr.count(told) == 1
+    assert told not in run(f"{line.replace('/out', '/other')} --data {{}}/data").stderr
 
 
 def test_the_result_says_which_student_it_came_from(run, tmp_path):

@@ -57,6 +57,7 @@ def main() -> None:
                 "segments of planes": describe(line_scan_fwd_kernel, of_a_lane, of_planes),
                 "few warps": describe(line_scan_fwd_kernel, plan(1, 64, 64, 32, 1, 2), alone),
                 "few warps of fp32": describe(line_scan_fwd_kernel, plan(1, 64, 64, 64, 1, 4), alone, fp32=True),
+                "segments of fp32": describe(line_scan_fwd_kernel, plan(1, 128, 128, 64, 1, 4), alone, fp32=True),
                 "planes of fp32": describe(
                     line_scan_fwd_kernel, plan(1, 64, 64, 64, 1, 4, "planes"), of_fp32_planes, fp32=True
                 ),

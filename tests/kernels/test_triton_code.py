@@ -54,6 +54,7 @@ def test_the_pass_of_the_gradients_stays_in_registers(loops) -> None:
         ("backward", 11, 16, 10, 4, 0),
         ("few warps", 8, 0, 16, 2, 0),
         ("few warps of fp32", 8, 0, 8, 2, 0),
+        ("segments of fp32", 4, 4, 0, 2, 0),
         ("planes of fp32", 3, 4, 0, 2, 0),
         ("segments", 4, 10, 0, 5, 0),
         ("segments of planes", 3, 10, 0, 5, 0),
@@ -72,6 +73,12 @@ def test_loop_copies_ahead_and_keeps_its_state_in_registers(
     assert loop.get("CCTL", 0) == hints
     assert loop["BAR"] <= barriers
     assert loop["room"] >= 0, "more shared memory than the plan tells"
+
+
+@pytest.mark.parametrize("kernel", ["few warps", "few warps of fp32", "segments", "segments of fp32"])
+def test_all_stages_have_room(loops, kernel: str) -> None:
+    """What a step only hands on to the next Triton copies just before, if at all, into room for one line."""
+    assert loops[kernel]["room"] == 0
 
 
 def test_stages_hand_no_addresses_on(loops) -> None:
