@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from gspn2convert.bench import bench, crossover
+from gspn2convert.commands.bench import _show as show
 from gspn2convert.commands.models import load_rival
 from gspn2convert.errors import UserError
 from gspn2convert.model import build_student
@@ -69,3 +71,19 @@ def test_a_teacher_that_cannot_take_the_students_size_is_told_whose_size(student
     # The student takes 32 x 32, which is no multiple of 14.
     with pytest.raises(UserError, match=r"is no multiple of the patch 14x14.* \(dinov2_small .* OUT's size\)"):
         load_rival(student, Path("OUT"), "dinov2_small", pretrained=False)
+
+
+def test_table_tells_both_times_of_a_gpu(capsys):
+    """As a CUDA graph, and launched one by one, which can be slower by far."""
+    figures = {"p20_ms": 4.0, "p80_ms": 7.0, "images_per_second": 9.0, "peak_bytes": None}
+    row = {"height": 32, "width": 48, "speedup": 1.25}
+    row |= {"teacher": {**figures, "median_ms": 6.25, "launched_ms": 6.5}}
+    row |= {"student": {**figures, "median_ms": 5.0, "launched_ms": 16.7}}
+    document = {"environment": {"device": "a GPU"}, "batch_size": 1, "dtype": "bf16", "compiled": False}
+    document |= {"rival": "teacher", "sizes": [row], "crossover": {"verdict": "so"}}
+    show(document, Console(width=120))
+    head, titles, teacher, student, _ = capsys.readouterr().out.splitlines()
+    assert head == "a GPU; batch 1, bf16, as CUDA graphs"
+    assert titles.split()[-4:] == ["launched", "one", "by", "one"]
+    assert (teacher.split()[2], teacher.split()[-1]) == ("6.25", "6.5")
+    assert (student.split()[2], student.split()[-2:]) == ("5", ["1.25x", "16.7"])

@@ -17,7 +17,9 @@ _MEBI = 2**20
 
 def _show(document: Document, console: "Console") -> None:
     device, batch, dtype = document["environment"]["device"], document["batch_size"], document["dtype"]
-    console.print(f"{device}; batch {batch}, {dtype}{', compiled' if document['compiled'] else ''}")
+    recorded = "launched_ms" in document["sizes"][0]["student"]
+    how = (", compiled" if document["compiled"] else "") + (", as CUDA graphs" if recorded else "")
+    console.print(f"{device}; batch {batch}, {dtype}{how}")
     rows = []
     for row in document["sizes"]:
         for name, shown in (("teacher", document["rival"]), ("student", "student")):
@@ -31,9 +33,11 @@ def _show(document: Document, console: "Console") -> None:
                     f"{figures['images_per_second']:.4g}",
                     "-" if peak is None else f"{peak / _MEBI:.0f}",
                     f"{row['speedup']:.2f}x" if name == "student" else "",
+                    *([f"{figures['launched_ms']:.4g}"] if recorded else []),
                 )
             )
-    show_table(console, ("size", "model", "median ms", "20..80 % of runs", "images/s", "peak MiB", "speed"), rows)
+    titles = ("size", "model", "median ms", "20..80 % of runs", "images/s", "peak MiB", "speed")
+    show_table(console, (*titles, *(["ms, launched one by one"] if recorded else [])), rows)
     console.print(f"Verdict: {document['crossover']['verdict']}.")
 
 
