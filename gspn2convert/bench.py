@@ -78,9 +78,27 @@ def crossover(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     linearly; outside of the measured sizes nothing is claimed.
 
     Args:
-        rows: sizes with `tokens`, `height`, `width` and `speedup` (teacher's time over the student's).
+        rows: sizes with `tokens`, `height`, `width` and `speedup` (teacher's time over the student's), and the
+            `launched_ms` of `teacher` and `student` where `bench` has them.
     """
     ordered = sorted(rows, key=lambda row: row["tokens"])
+    found = _crossover(ordered)
+    slow = ", ".join(map(_launched, filter(_slower_launched, ordered)))
+    if slow:
+        found["verdict"] += f"; launched one by one, not as a CUDA graph, it is SLOWER: {slow}"
+    return found
+
+
+def _slower_launched(row: dict[str, Any]) -> bool:
+    return "launched_ms" in row.get("student", {}) and row["student"]["launched_ms"] > row["teacher"]["launched_ms"]
+
+
+def _launched(row: dict[str, Any]) -> str:
+    return f"{row['teacher']['launched_ms'] / row['student']['launched_ms']:.2f}x at {_size(row)}"
+
+
+def _crossover(ordered: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The same of the times that `speedup` is of; sizes in ascending order."""
     faster = [row["speedup"] > 1.0 for row in ordered]
     span = ", ".join(f"{row['speedup']:.2f}x at {_size(row)}" for row in ordered)
     if all(faster):

@@ -73,6 +73,17 @@ def test_a_teacher_that_cannot_take_the_students_size_is_told_whose_size(student
         load_rival(student, Path("OUT"), "dinov2_small", pretrained=False)
 
 
+def test_verdict_tells_where_a_student_is_slower_launched_one_by_one():
+    rows = [
+        row(512, 1.5) | {"teacher": {"launched_ms": 10.0}, "student": {"launched_ms": 16.0}},
+        row(1024, 2.0) | {"teacher": {"launched_ms": 20.0}, "student": {"launched_ms": 16.0}},
+    ]
+    verdict = crossover(rows)["verdict"]
+    assert verdict.startswith("the student is faster at every size measured (1.50x at 512x512, 2.00x at 1024x1024); ")
+    assert verdict.endswith("; launched one by one, not as a CUDA graph, it is SLOWER: 0.62x at 512x512")
+    assert "launched" not in crossover(rows[1:])["verdict"]
+
+
 def test_table_tells_both_times_of_a_gpu(capsys):
     """As a CUDA graph, and launched one by one, which can be slower by far."""
     figures = {"p20_ms": 4.0, "p80_ms": 7.0, "images_per_second": 9.0, "peak_bytes": None}
