@@ -39,15 +39,17 @@ def summary_speed(found: Document) -> list[str]:
 
 
 def models_regions(found: Document) -> list[str]:
-    """The same of a student whose mixers read regions; one sentence."""
+    """The same of a student whose mixers read regions; two sentences."""
     sizes = found["sizes"]
+    launched = sorted(one["student"]["launched_ms"] for one in sizes)
     figures = [
         f"{one['student']['median_ms']:.2f} ms at {one['height']} px ({one['speedup']:.2f}x the teacher's speed)"
         for one in sizes
     ]
     return [
         f"The same student with `regions: {found['regions']}` (measured with commit"
-        f" {found['environment']['commit'][:7]}) takes {', '.join(figures)}."
+        f" {found['environment']['commit'][:7]}) takes {', '.join(figures)}. Launched from Python it takes"
+        f" {launched[0]:.0f} to {launched[-1]:.0f} ms."
     ]
 
 
