@@ -37,6 +37,10 @@ logger = logging.getLogger(__name__)
 # Of a cosine: less is noise.
 _DECLINE = 1e-3
 _PLACES = {"fit": "before training", "align": "after stage 1", "select": "after the choice of blocks"}
+_TRAINED = {
+    "align": ("stage 1", "align.lr and align.control_lr"),
+    "recover": ("stage 2", "recover.lr and recover.mixer_lr"),
+}
 
 
 def distill(
@@ -174,14 +178,19 @@ def _check_processes(recipe: Recipe, options: Options, processes: int) -> None:
 
 
 def _tell_decline(stages: Sequence[dict[str, Any]]) -> None:
-    """Warn where stage 2 undid what an earlier stage had come to, by images of the same size."""
-    cosines = {one["stage"]: one["cosine"] for one in stages}
-    best = max((name for name in _PLACES if name in cosines), key=lambda name: cosines[name], default="")
-    if "recover" in cosines and cosines["recover"] < cosines[best] - _DECLINE:
+    """Warn where training undid what there was before, by images of the same size: stage 1 or else stage 2."""
+    cosines = {one["stage"]: one["cosine"] for one in stages if one["stage"] in (*_PLACES, "recover")}
+    ended = cosines.get("recover", cosines.get("align"))
+    if ended is None or ended >= max(cosines.values()) - _DECLINE:
+        return
+    undone = cosines.get("align", 1.0) < cosines.get("fit", 0.0) - _DECLINE
+    stage = "align" if undone and ended >= cosines["align"] - _DECLINE else "recover"
+    if stage in cosines:
+        best = max((name for name in _PLACES if name in cosines and name != stage), key=cosines.__getitem__)
         logger.warning(
-            "stage 2 ended at a mean cosine of %.4f, below the %.4f %s: lower recover.lr and recover.mixer_lr, "
+            "%s ended at a mean cosine of %.4f, below the %.4f %s: lower %s, "
             "take more steps, or leave it out (--stages)",
-            *(cosines["recover"], cosines[best], _PLACES[best]),
+            *(_TRAINED[stage][0], cosines[stage], cosines[best], _PLACES[best], _TRAINED[stage][1]),
         )
 
 

@@ -126,6 +126,16 @@ def test_a_second_stage_that_undoes_the_first_is_told_of(run, tmp_path, caplog):
     )
 
 
+@pytest.mark.parametrize("stages", [(0, 1), (0, 1, 2)], ids=str)
+def test_a_first_stage_that_undoes_the_fit_is_told_of(run, caplog, stages):
+    """Also where the second one mends some of it."""
+    metrics = run(RECIPE.replace("align: {steps: 6", "align: {lr: 1.0, steps: 6"), stages=stages)
+    before, after = (one["cosine"] for one in metrics["stages"][:2])
+    told = f"stage 1 ended at a mean cosine of {after:.4f}, below the {before:.4f} before training: lower align.lr and"
+    assert caplog.text.count(told) == 1
+    assert "stage 2 ended" not in caplog.text
+
+
 @pytest.mark.parametrize(
     "kind",
     [
