@@ -83,18 +83,15 @@ def crossover(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """
     ordered = sorted(rows, key=lambda row: row["tokens"])
     found = _crossover(ordered)
-    slow = ", ".join(map(_launched, filter(_slower_launched, ordered)))
+    launched = (
+        (row["teacher"]["launched_ms"] / row["student"]["launched_ms"], _size(row))
+        for row in ordered
+        if "launched_ms" in row.get("student", {})
+    )
+    slow = ", ".join(f"{speed:.2f}x at {size}" for speed, size in launched if speed < 1.0)
     if slow:
         found["verdict"] += f"; launched one by one, not as a CUDA graph, it is SLOWER: {slow}"
     return found
-
-
-def _slower_launched(row: dict[str, Any]) -> bool:
-    return "launched_ms" in row.get("student", {}) and row["student"]["launched_ms"] > row["teacher"]["launched_ms"]
-
-
-def _launched(row: dict[str, Any]) -> str:
-    return f"{row['teacher']['launched_ms'] / row['student']['launched_ms']:.2f}x at {_size(row)}"
 
 
 def _crossover(ordered: Sequence[dict[str, Any]]) -> dict[str, Any]:
